@@ -1,0 +1,7 @@
+#include "bindings.h"
+
+namespace swiftk {
+
+void bind_swiglu(py::module_& m) {}
+
+}  // namespace swiftk

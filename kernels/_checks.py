@@ -1,0 +1,44 @@
+"""Checks of the public functions. Every message reads "op: argument has X, wants Y"."""
+
+from __future__ import annotations
+
+import torch
+
+from swiftk.kernels._native import DTYPE_CODES, ISAS
+
+
+def check_floating(op: str, **tensors: torch.Tensor) -> None:
+    """All of one supported dtype (bf16, fp32, fp64) and on one device."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{op}: {name} has type {type(tensor).__name__}, wants a torch.Tensor")
+        if tensor.dtype not in DTYPE_CODES:
+            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, wants torch.bfloat16, torch.float32 or torch.float64")
+        if tensor.dtype != first.dtype:
+            raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, wants {first.dtype} like {first_name}")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} has device {tensor.device}, wants {first.device} like {first_name}")
+
+
+def check_shape(op: str, name: str, tensor: torch.Tensor, want: tuple[int, ...], why: str) -> None:
+    """`why` names the argument the wanted shape comes from, e.g. "x (2, 4)"."""
+    if tuple(tensor.shape) != tuple(want):
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, {why} needs {tuple(want)}")
+
+
+def check_isa(op: str, isa: str) -> None:
+    if isa not in ISAS:
+        raise ValueError(f"{op}: isa has {isa!r}, wants one of {', '.join(ISAS)}")
+
+
+def refuse_double_backward(op: str, operator: str) -> None:
+    """Registers for a backward operator a derivative that says what is missing, in place of torch's silent zero."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(
+            f"{op}: the gradient of its gradient is not supported; "
+            f"use swiftk.kernels.{op}.{op}_ref, which torch differentiates any number of times"
+        )
+
+    torch.library.register_autograd(operator, refuse)

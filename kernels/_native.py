@@ -1,0 +1,51 @@
+"""Finds `_swiftk_C`, the compiled kernels, and translates tensors to what it takes: addresses, sizes, a dtype code.
+
+`_swiftk_C` includes no torch header, so one build serves every torch. It is looked up on the first native call, not at
+import: a missing build is one error that says what to run, and never a slower path.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import NoReturn
+
+import torch
+
+VERSION = "0.1.0"
+DTYPE_CODES = {torch.bfloat16: 0, torch.float32: 1, torch.float64: 2}
+ISAS = ("auto", "avx512", "avx2", "portable")
+
+
+@functools.cache
+def native() -> types.ModuleType:
+    """The module `_swiftk_C`; ImportError with the next step where it is missing or of another version."""
+    try:
+        import _swiftk_C
+    except ImportError as error:
+        raise ImportError(
+            f"swiftk: the compiled kernels (_swiftk_C) cannot be imported ({error}); "
+            "build them with `make build`, or `pip install -e .` in the source tree"
+        ) from error
+    if _swiftk_C.__version__ != VERSION:
+        raise ImportError(
+            f"swiftk: _swiftk_C has version {_swiftk_C.__version__}, wants {VERSION}; "
+            "rebuild it with `make build`, or `pip install -e .` in the source tree"
+        )
+    return _swiftk_C
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums and statistics of `dtype` inputs are kept in: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def threads() -> int:
+    return torch.get_num_threads()
+
+
+def no_cuda_kernel(op: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{op}: there is no CUDA kernel yet; move the tensors to the CPU (x.cpu()), "
+        f"or call swiftk.kernels.{op}.{op}_ref for the plain torch reference on any device"
+    )

@@ -1,0 +1,127 @@
+"""RMSNorm: y = x r w with r = 1 / sqrt(mean(x^2) + eps), the mean over the last dimension.
+
+Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; as used by Llama, Mistral and Qwen.
+Statistics and products are in fp32 (fp64 for fp64) and rounded once; transformers rounds x r to bf16 before it
+multiplies by w, so bf16 results differ from it in the last bit.
+Bytes per element of x, forward: 1 read, 1 write; backward: 2 reads (x, dy), 1 write (dx). rstd is 4 bytes a row.
+Not supported: an added bias, a weight offset (Gemma's 1 + w: add it before the call), a CUDA kernel (not there yet).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
+from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
+
+ROW_BLOCK = 64  # rows per partial sum of dw, kRows in csrc/cpu/rms_norm.inc
+
+
+# --- reference ---------------------------------------------------------------------------------------------------
+
+
+def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """The formula in at least fp32, rounded once. x (..., H), weight (H,) -> (..., H)."""
+    xf = x.to(acc_dtype(x.dtype))
+    r = torch.rsqrt(xf.square().mean(-1, keepdim=True) + eps)
+    return (xf * r * weight.to(xf.dtype)).to(x.dtype)
+
+
+# --- launchers ---------------------------------------------------------------------------------------------------
+
+
+def rms_norm_out(x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, rstd: torch.Tensor, isa: str = "auto") -> None:
+    """Writes y and rstd; no checks, no autograd. x, y (rows, H) contiguous, weight (H,), rstd (rows,)."""
+    rows, cols = x.shape
+    native().rms_norm_fwd(
+        DTYPE_CODES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr(), rows, cols, eps, threads(), isa
+    )
+
+
+# --- operator ----------------------------------------------------------------------------------------------------
+
+torch.library.define("swiftk::rms_norm_fwd", "(Tensor x, Tensor weight, float eps, str isa) -> (Tensor y, Tensor rstd)")
+torch.library.define(
+    "swiftk::rms_norm_bwd", "(Tensor dy, Tensor x, Tensor weight, Tensor rstd, str isa) -> (Tensor dx, Tensor dw)"
+)
+
+
+@torch.library.register_kernel("swiftk::rms_norm_fwd", "cpu")
+def _rms_norm_fwd_cpu(x, weight, eps, isa):
+    x2 = x.reshape(-1, x.shape[-1]).contiguous()
+    y = torch.empty_like(x2)
+    rstd = x2.new_empty(x2.shape[0], dtype=acc_dtype(x.dtype))
+    rms_norm_out(x2, weight.contiguous(), eps, y, rstd, isa)
+    return y.view(x.shape), rstd
+
+
+@torch.library.register_kernel("swiftk::rms_norm_bwd", "cpu")
+def _rms_norm_bwd_cpu(dy, x, weight, rstd, isa):
+    cols = x.shape[-1]
+    x2, dy2 = x.reshape(-1, cols).contiguous(), dy.reshape(-1, cols).contiguous()
+    dx, dw = torch.empty_like(x2), torch.empty(cols, dtype=weight.dtype)
+    blocks = x2.new_empty(-(-x2.shape[0] // ROW_BLOCK), cols, dtype=acc_dtype(x.dtype))
+    native().rms_norm_bwd(
+        DTYPE_CODES[x.dtype], dy2.data_ptr(), x2.data_ptr(), weight.contiguous().data_ptr(), rstd.data_ptr(), dx.data_ptr(),
+        dw.data_ptr(), blocks.data_ptr(), x2.shape[0], cols, threads(), isa,
+    )  # fmt: skip
+    return dx.view(x.shape), dw
+
+
+@torch.library.register_kernel("swiftk::rms_norm_fwd", "cuda")
+def _rms_norm_fwd_cuda(x, weight, eps, isa):
+    no_cuda_kernel("rms_norm")
+
+
+@torch.library.register_fake("swiftk::rms_norm_fwd")
+def _rms_norm_fwd_fake(x, weight, eps, isa):
+    rows = x.numel() // x.shape[-1]
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(rows, dtype=acc_dtype(x.dtype))
+
+
+@torch.library.register_fake("swiftk::rms_norm_bwd")
+def _rms_norm_bwd_fake(dy, x, weight, rstd, isa):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _eps, isa = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.isa = isa
+
+
+def _backward(ctx, dy, _drstd):
+    # with xhat = x r:   dx = r (w dy - xhat mean(w dy xhat)),   dw = sum over rows of dy xhat
+    x, weight, rstd = ctx.saved_tensors
+    dx, dw = torch.ops.swiftk.rms_norm_bwd(dy, x, weight, rstd, ctx.isa)
+    return dx, dw, None, None
+
+
+torch.library.register_autograd("swiftk::rms_norm_fwd", _backward, setup_context=_setup_context)
+refuse_double_backward("rms_norm", "swiftk::rms_norm_bwd")
+
+
+# --- public ------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, isa: str = "auto") -> torch.Tensor:
+    """RMSNorm over the last dimension, differentiable in x and weight; a row's result depends on that row alone.
+
+    Args:
+        x: (..., H), bf16, fp32 or fp64, any strides; zero rows are allowed.
+        weight: (H,), dtype and device of x.
+        eps: added to the mean square.
+        isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
+    Returns: (..., H) in x's dtype, contiguous.
+    Raises: ValueError for a wrong shape, dtype, device or isa; NotImplementedError on CUDA (no kernel yet).
+    """
+    check_floating("rms_norm", x=x, weight=weight)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}, wants (..., H) with H >= 1")
+    check_shape("rms_norm", "weight", weight, (x.shape[-1],), f"x {tuple(x.shape)}")
+    check_isa("rms_norm", isa)
+    return torch.ops.swiftk.rms_norm_fwd(x, weight, eps, isa)[0]

@@ -1,0 +1,83 @@
+"""Build of swiftk: the Python packages and `_swiftk_C`, the C++ kernels.
+
+`kernels/`, `parallel/`, `trainer/` and `benchmarks/` stand beside `swiftk/` on disk and are its subpackages by name;
+`package_dir` is the truth for wheels and sdists, the committed links `swiftk/kernels -> ../kernels` for the source tree.
+
+The C++ build is driven by ninja (incremental, header dependencies tracked), includes no torch header and uses no
+`-march`: each source compiles its kernels once per instruction set (csrc/cpu/for_each_isa.h) and picks at run time.
+"""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Wno-uninitialized",
+             "-Wno-maybe-uninitialized"]  # false positives inside GCC 12's immintrin.h
+LINK_FLAGS = ["-shared", "-fopenmp"]
+
+
+def ninja_path(path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def shell_quote(path) -> str:
+    return '"' + str(path) + '"'
+
+
+class NinjaBuild(build_ext):
+    """Writes one build.ninja for the extension and runs it: `python setup.py build_ext` and pip both come here."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = (ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.version_info[0]}.{sys.version_info[1]}").resolve()
+        work.mkdir(parents=True, exist_ok=True)
+        includes = [pybind11.get_include(), sysconfig.get_paths()["include"], ROOT / "csrc"]
+        flags = [*CXX_FLAGS, f'-DSWIFTK_VERSION=\\"{VERSION}\\"', *(f"-I{shell_quote(p)}" for p in includes)]
+        if sys.platform == "darwin":
+            raise SystemExit("swiftk: the C++ kernels build with GCC or Clang on Linux; macOS is not supported yet")
+        lines = [
+            f"cxx = {os.environ.get('CXX', 'g++')}",
+            f"flags = {' '.join(flags).replace('$', '$$')}",
+            "rule cc\n  command = $cxx $flags -MMD -MF \"$out.d\" -c \"$in\" -o \"$out\"\n  depfile = $out.d\n  deps = gcc\n  description = CXX $in",
+            f"rule link\n  command = $cxx $in -o \"$out\" {' '.join(LINK_FLAGS)}\n  description = LINK $out",
+        ]
+        objects = []
+        for source in ext.sources:
+            obj = Path(source).with_suffix(".o").as_posix().replace("/", "_")
+            lines.append(f"build {ninja_path(obj)}: cc {ninja_path(ROOT / source)}")
+            objects.append(obj)
+        lines.append(f"build {ninja_path(ext.name)}.so: link {' '.join(map(ninja_path, objects))}")
+        lines.append(f"default {ninja_path(ext.name)}.so")
+        (work / "build.ninja").write_text("\n".join(lines) + "\n")
+        subprocess.check_call([sys.executable, "-m", "ninja", "-C", str(work)])
+        target.unlink(missing_ok=True)  # a running process keeps its old mapping
+        target.write_bytes((work / f"{ext.name}.so").read_bytes())
+
+
+setup(
+    packages=[
+        "swiftk", "swiftk.model", "swiftk.testing",
+        "swiftk.kernels", "swiftk.kernels.attention", "swiftk.parallel", "swiftk.trainer",
+        "swiftk.benchmarks", "swiftk.benchmarks.kernels",
+    ],
+    package_dir={
+        "swiftk": "swiftk",
+        "swiftk.kernels": "kernels",
+        "swiftk.parallel": "parallel",
+        "swiftk.trainer": "trainer",
+        "swiftk.benchmarks": "benchmarks",
+    },
+    package_data={"swiftk": ["py.typed", "*.yaml"]},
+    ext_modules=[Extension("_swiftk_C", sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("**/*.cpp")))],
+    cmdclass={"build_ext": NinjaBuild},
+)

@@ -1,0 +1,77 @@
+"""Small frozen dataclasses, one per consumer; a component receives its own part, never the whole. No torch here.
+
+Keys are the field names below, the same on the command line and in YAML; aliases and parsing are swiftk/train.py's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Read by trainer/data.py, template.py and packing.py."""
+
+    stage: str = "sft"  # pt: every token is trained; sft: assistant turns only
+    dataset: tuple[str, ...] = ()  # files (jsonl, json, csv, parquet, txt in pt) or builtin names; path#N takes N rows
+    val_dataset: tuple[str, ...] = ()
+    split_dataset_ratio: float = 0.0  # share of the rows of `dataset` held out where val_dataset is empty
+    columns: dict[str, str] = field(default_factory=dict)  # {"column in the file": "query"}
+    system: str | None = None  # system message for rows that have none
+    max_length: int | None = None  # tokens of a row; None: the model's max_position_embeddings
+    truncation_strategy: str | None = None  # delete | left | right | split; None: delete (sft), split (pt)
+    packing: bool = False  # several rows per sequence of packing_length tokens
+    packing_length: int | None = None  # None: max_length
+    padding_free: bool = True  # always: there is no padding
+    strict: bool = True  # False: rows that fit no format are skipped and counted
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Read by trainer/optimizer.py."""
+
+    learning_rate: float | None = None  # None: 1e-5 (full)
+    min_lr: float = 0.0
+    warmup_ratio: float = 0.05
+    lr_scheduler_type: str = "cosine"  # cosine | linear | constant
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0  # 0: no clipping
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Read by parallel/mesh.py; data parallelism is the rest of the world."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Read by trainer/loop.py, checkpoint.py and metrics.py."""
+
+    model: str | None = None  # directory of a Hugging Face checkpoint
+    tuner_type: str = "full"
+    output_dir: str | None = None  # None: output/<model>
+    add_version: bool = True  # a new v{N}-{time} folder under output_dir for each run
+    micro_batch_size: int = 1  # packs (rows without packing) per forward and rank
+    global_batch_size: int = 16  # packs (rows) per optimizer step over all ranks
+    num_train_epochs: float = 1.0
+    max_steps: int = -1  # > 0: instead of num_train_epochs
+    save_steps: int = 500
+    save_total_limit: int | None = None
+    logging_steps: int = 5
+    eval_steps: int | None = None  # None: save_steps
+    report_to: tuple[str, ...] = ("tensorboard",)
+    resume_from_checkpoint: str | None = None  # directory | auto
+    recompute_granularity: str = "selective"  # none | selective | full
+    torch_dtype: str | None = None  # compute dtype: bfloat16 | float32 | float64; None: bf16 where the CPU has it
+    isa: str = "auto"
+    seed: int = 42
+    preview: int = 0  # > 0: print that many packed rows with their loss mask and stop
