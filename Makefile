@@ -1,27 +1,66 @@
 # Two commands: `make train` and `make test`. The rest is for people who change kernels.
-# TORCH_INDEX=<address> takes torch from that package index; without it pip's own settings decide, and on a machine
-# without an NVIDIA GPU the CPU build is preferred where pip can find one.
+#
+#   make train       install into .venv, build, train the preset examples/tiny.yaml on two processes
+#   make test        the same set-up, then lint and the test suite
+#   make test-long   full products and long counts
+#   make gpu         on a machine with a CUDA device: build, op tests, benchmarks (PART=build|test|bench-<op>)
+#   make build lint clean
+#
+# TORCH_INDEX=<address> takes torch from that package index. Without it pip's own settings decide, and on a machine
+# without an NVIDIA GPU the CPU build is taken where pip can find one.
 SHELL := /bin/bash
 PYTHON ?= python3
 TORCH_INDEX ?=
 TORCH_SPEC := torch>=2.11,<2.14
-BIN := .venv/bin
-PY := $(BIN)/python
+PART ?=
+PY := .venv/bin/python
+PIP := $(PY) -m pip install -q --disable-pip-version-check
+NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
+WORKERS ?= 2
 
-.PHONY: train test test-long lint build install clean
+.PHONY: train test test-long lint build gpu clean
 
+train: .venv/.train .venv/.built
+	$(PY) -m torch.distributed.run --nproc-per-node 2 -m swiftk.train
+
+test: lint
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "not long and not gpu"
+
+test-long: .venv/.test .venv/.built
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "long and not gpu"
+
+lint: .venv/.test .venv/.built
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m mypy -p swiftk
+
+build: .venv/.built
+
+gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m swiftk.bench gpu --parts $(PART)
+
+clean:
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache swiftk.egg-info
+	rm -f _swiftk_C*.so
+
+# Stamps: each names what it must be newer than, so a second `make` does nothing.
 .venv/.torch:
 	$(PYTHON) -m venv .venv
-	@set -e; if [ -n "$(TORCH_INDEX)" ]; then $(PY) -m pip install -q "$(TORCH_SPEC)" --index-url "$(TORCH_INDEX)"; \
-	elif ! command -v nvidia-smi >/dev/null 2>&1 && \
-	  { $(PY) -m pip install -q "torch==2.13.0+cpu" 2>/dev/null || $(PY) -m pip install -q "torch==2.12.0+cpu" 2>/dev/null; }; then :; \
-	else $(PY) -m pip install -q "$(TORCH_SPEC)"; fi
+	@set -e; if [ -n "$(TORCH_INDEX)" ]; then $(PIP) "$(TORCH_SPEC)" --index-url "$(TORCH_INDEX)"; \
+	elif command -v nvidia-smi >/dev/null 2>&1; then $(PIP) "$(TORCH_SPEC)"; \
+	else for v in 2.13.0 2.12.1 2.12.0 2.11.0; do $(PIP) "torch==$$v+cpu" 2>/dev/null && break; done; \
+	  $(PY) -c "import torch" 2>/dev/null || $(PIP) "$(TORCH_SPEC)"; fi
+	$(PIP) "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 	@touch $@
 
 .venv/.train: .venv/.torch pyproject.toml setup.py
-	$(PY) -m pip install -q -e ".[train]"
+	$(PIP) --no-build-isolation -e ".[train]"
 	@touch $@
 
 .venv/.test: .venv/.train
-	$(PY) -m pip install -q -e ".[test]"
+	$(PIP) --no-build-isolation -e ".[test]"
+	@touch $@
+
+.venv/.built: .venv/.train $(NATIVE)
+	$(PY) setup.py -q build_ext --inplace
 	@touch $@

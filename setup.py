@@ -39,7 +39,7 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = (ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.version_info[0]}.{sys.version_info[1]}").resolve()
+        work = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sysconfig.get_python_version()}"
         work.mkdir(parents=True, exist_ok=True)
         includes = [pybind11.get_include(), sysconfig.get_paths()["include"], ROOT / "csrc"]
         flags = [*CXX_FLAGS, f'-DSWIFTK_VERSION=\\"{VERSION}\\"', *(f"-I{shell_quote(p)}" for p in includes)]
@@ -48,7 +48,8 @@ class NinjaBuild(build_ext):
         lines = [
             f"cxx = {os.environ.get('CXX', 'g++')}",
             f"flags = {' '.join(flags).replace('$', '$$')}",
-            "rule cc\n  command = $cxx $flags -MMD -MF \"$out.d\" -c \"$in\" -o \"$out\"\n  depfile = $out.d\n  deps = gcc\n  description = CXX $in",
+            'rule cc\n  command = $cxx $flags -MMD -MF "$out.d" -c "$in" -o "$out"',
+            "  depfile = $out.d\n  deps = gcc\n  description = CXX $in",
             f"rule link\n  command = $cxx $in -o \"$out\" {' '.join(LINK_FLAGS)}\n  description = LINK $out",
         ]
         objects = []

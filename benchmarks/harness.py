@@ -1,24 +1,43 @@
-"""What a microbenchmark is: a `Case` per (op, shape, dtype), made by `cases(options)` of benchmarks/kernels/bench_<op>.py.
+"""What a microbenchmark is, and how one is timed.
 
-`python -m swiftk.bench kernels` checks a case's values, then times it, each peer and the op against itself interleaved
-in one run; bytes and FLOPs are counted by the case, in a comment beside the numbers.
+A `Case` per (op, shape, dtype) is made by `cases(options)` of benchmarks/kernels/bench_<op>.py. `measure` first checks the
+case's values, then times it, each peer and the op against itself (the self-pair: the noise floor), interleaved call by call,
+in three runs; it reports the median of the three medians, their spread, and percent of limits measured in the same process.
+Bytes and FLOPs are counted by the case, in a comment beside the numbers.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import importlib.metadata
+import platform
+import statistics
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from swiftk.kernels._native import native
+
+RUNS = 3
+MIN_CALLS = 3  # per candidate and run
+MAX_CALLS = 200
+RUN_SECONDS = 1.0  # per run, over all candidates
 
 
 @dataclass(frozen=True)
 class Options:
     isa: str = "auto"
     device: str = "cpu"
-    peers: bool = True  # False: do not build the peers' callables
+    peers: frozenset[str] | None = None  # None: all that are installed
     quick: bool = False  # the smallest shape of each op, for the tests of the benchmarks themselves
+
+    def wants(self, peer: str) -> bool:
+        return self.peers is None or peer in self.peers
 
 
 @dataclass(frozen=True)
@@ -33,5 +52,195 @@ class Case:
     bytes: int  # moved at least, per run
     flops: int = 0  # 0: bandwidth-bound, percent of the limit is of the bandwidth
     peers: dict[str, Callable[[], Any]] = field(default_factory=dict)  # {"torch": f}
-    peer_memory: bool = False  # also compare the peak extra memory of run() and of each peer
+    peer_memory: bool = False  # also the peak extra memory of run() and of each peer
     goal: str = ""  # as stated: "<= 1.25x torch"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured case. Times in milliseconds; ratios are peer / swiftk, so above 1 swiftk is faster."""
+
+    op: str
+    name: str
+    dtype: str
+    ms: float
+    ms_runs: list[float]
+    self_spread: float  # largest |self / swiftk - 1| over the runs
+    gb_per_s: float
+    tflop_per_s: float
+    percent_of_limit: float
+    limit: str  # which one, and its value
+    peers_ms: dict[str, float]
+    ratios: dict[str, float]
+    ratio_runs: dict[str, list[float]]
+    extra_mib: dict[str, float]
+    goal: str
+    status: str  # ok | no CUDA kernel yet
+
+
+class Limits:
+    """The device's bandwidth and matmul rate, measured once per process when first asked for."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._cache: dict[str, float] = {}
+
+    def _best(self, f: Callable[[], Any], calls: int = 7) -> float:
+        f()
+        return min(_seconds(f, self.device) for _ in range(calls))
+
+    def bandwidth(self) -> float:
+        """Bytes/s: the best of a copy, a matrix-vector product and a sum over buffers far beyond the cache."""
+        if "bandwidth" not in self._cache:
+            n = 64 << 20  # 256 MiB of fp32
+            a, b = torch.ones(n, device=self.device), torch.empty(n, device=self.device)
+            matrix, vector = a.view(4096, -1), torch.ones(n // 4096, device=self.device)
+            copy = 8 * n / self._best(lambda: b.copy_(a))
+            read = 4 * n / min(self._best(lambda: torch.mv(matrix, vector)), self._best(lambda: a.sum()))
+            self._cache["bandwidth"] = max(copy, read)
+        return self._cache["bandwidth"]
+
+    def matmul(self, dtype: torch.dtype) -> float:
+        """FLOP/s of torch.matmul at 2048^3; for bf16 the better of bf16 and fp32 (a CPU may lack native bf16)."""
+        key = str(dtype)
+        if key not in self._cache:
+            n = 2048
+            rates = []
+            for d in {dtype, torch.float32} if dtype == torch.bfloat16 else {dtype}:
+                a, b = (torch.randn(n, n, device=self.device).to(d) for _ in range(2))
+                rates.append(2 * n**3 / self._best(lambda a=a, b=b: a @ b, calls=3))  # type: ignore[misc]
+            self._cache[key] = max(rates)
+        return self._cache[key]
+
+    def known(self) -> dict[str, float]:
+        return dict(self._cache)
+
+
+def _seconds(f: Callable[[], Any], device: str) -> float:
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        f()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    f()
+    return time.perf_counter() - begin
+
+
+def peak_extra_mib(f: Callable[[], Any], device: str = "cpu") -> float | None:
+    """Peak memory during f() beyond what was resident before it, MiB; None where the system does not tell."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # freed heap goes back first, or it would hide what f() takes
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark of the resident set
+        before = _status_kib("VmRSS")
+        f()
+        return (_status_kib("VmHWM") - before) / 1024
+    except (OSError, AttributeError):
+        return None
+
+
+def _status_kib(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def measure(case: Case, limits: Limits, options: Options) -> Record:
+    dtype = str(case.dtype).removeprefix("torch.")
+    try:
+        case.check(case.run())
+        status = "ok"
+    except NotImplementedError as error:
+        if options.device == "cpu" or "no CUDA kernel yet" not in str(error):
+            raise
+        status = "no CUDA kernel yet"
+    peers = {name: f for name, f in case.peers.items() if options.wants(name)}
+    candidates: dict[str, Callable[[], Any]] = ({"swiftk": case.run, "self": case.run} if status == "ok" else {}) | peers
+    medians: dict[str, list[float]] = {name: [] for name in candidates}
+    for f in candidates.values():
+        f()
+    for _ in range(1 if options.quick else RUNS):
+        once = sum(_seconds(f, options.device) for f in candidates.values())
+        calls = MIN_CALLS if options.quick else max(MIN_CALLS, min(MAX_CALLS, int(RUN_SECONDS / max(once, 1e-9))))
+        times: dict[str, list[float]] = {name: [] for name in candidates}
+        for call in range(calls):
+            order = list(candidates) if call % 2 == 0 else list(reversed(candidates))
+            for name in order:
+                times[name].append(_seconds(candidates[name], options.device))
+        for name, seconds in times.items():
+            medians[name].append(statistics.median(seconds) * 1e3)
+    peers_ms = {name: statistics.median(medians[name]) for name in peers}
+    extra = {}
+    if case.peer_memory:
+        measured = {name: peak_extra_mib(f, options.device) for name, f in candidates.items() if name != "self"}
+        extra = {name: mib for name, mib in measured.items() if mib is not None}
+    common: dict[str, Any] = {"op": case.op, "name": case.name, "dtype": dtype, "peers_ms": peers_ms, "extra_mib": extra, "goal": case.goal}
+    if status != "ok":
+        return Record(**common, ms=0.0, ms_runs=[], self_spread=0.0, gb_per_s=0.0, tflop_per_s=0.0, percent_of_limit=0.0,
+                      limit="", ratios={}, ratio_runs={}, status=status)  # fmt: skip
+    ms = statistics.median(medians["swiftk"])
+    ratio_runs = {n: [p / s for p, s in zip(medians[n], medians["swiftk"], strict=True)] for n in peers}
+    if case.flops:
+        peak = limits.matmul(case.dtype)
+        percent, limit = 100 * case.flops / (ms / 1e3) / peak, f"{peak / 1e12:.3f} TFLOP/s"
+    else:
+        peak = limits.bandwidth()
+        percent, limit = 100 * case.bytes / (ms / 1e3) / peak, f"{peak / 1e9:.1f} GB/s"
+    return Record(
+        **common, ms=ms, ms_runs=medians["swiftk"], gb_per_s=case.bytes / ms / 1e6, tflop_per_s=case.flops / ms / 1e9,
+        self_spread=max(abs(b / a - 1) for a, b in zip(medians["swiftk"], medians["self"], strict=True)),
+        percent_of_limit=percent, limit=limit, ratios={n: statistics.median(r) for n, r in ratio_runs.items()},
+        ratio_runs=ratio_runs, status=status,
+    )  # fmt: skip
+
+
+def machine_name(device: str = "cpu") -> str:
+    """A folder name for results: the GPU's name, or the CPU's model and its number of threads."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name().removeprefix("NVIDIA ")
+    else:
+        fields: dict[str, str] = {}
+        try:
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                key, _, value = line.partition(":")
+                fields.setdefault(key.strip(), value.strip())
+        except OSError:
+            pass
+        family, model = fields.get("cpu family", ""), fields.get("model", "")
+        cpu = fields.get("model name", platform.machine() or "cpu")
+        name = f"{cpu} f{family} m{model} {torch.get_num_threads()}t"
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def environment(options: Options) -> dict[str, Any]:
+    versions: dict[str, str] = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("triton", "transformers", "liger_kernel", "flash_attn", "torchao", "bitsandbytes", "peft"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "machine": machine_name(options.device), "device": options.device, "threads": torch.get_num_threads(),
+        "isa": native().best_isa() if options.isa == "auto" else options.isa, "versions": versions,
+    }  # fmt: skip
+
+
+def as_json(record: Record) -> dict[str, Any]:
+    def short(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.4g}")
+        if isinstance(value, dict):
+            return {k: short(v) for k, v in value.items()}
+        return [short(v) for v in value] if isinstance(value, list) else value
+
+    return short(asdict(record))

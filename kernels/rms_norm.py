@@ -30,7 +30,9 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> to
 # --- launchers ---------------------------------------------------------------------------------------------------
 
 
-def rms_norm_out(x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, rstd: torch.Tensor, isa: str = "auto") -> None:
+def rms_norm_out(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, rstd: torch.Tensor, isa: str = "auto"
+) -> None:
     """Writes y and rstd; no checks, no autograd. x, y (rows, H) contiguous, weight (H,), rstd (rows,)."""
     rows, cols = x.shape
     native().rms_norm_fwd(

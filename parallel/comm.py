@@ -39,17 +39,18 @@ class SingleComm:
         pass
 
 
+OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
 class DistComm:
     """A group of torch.distributed; `group` None is the whole world."""
-
-    OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-        dist.all_reduce(tensor, self.OPS[op], group=self.group)
+        dist.all_reduce(tensor, OPS[op], group=self.group)
         return tensor
 
     def all_gather_object(self, value: Any) -> list[Any]:

@@ -1,0 +1,76 @@
+"""The benchmarks themselves: each case's values hold on its smallest shape, results are saved, compared and shown."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from swiftk import bench
+from swiftk.benchmarks import report
+from swiftk.benchmarks.harness import Case, Limits, Options, as_json, measure, peak_extra_mib
+
+
+class FixedLimits(Limits):
+    """Limits without measuring them: these tests look at values and bookkeeping, never at speed."""
+
+    def bandwidth(self) -> float:
+        return 1e9
+
+    def matmul(self, dtype) -> float:
+        return 1e9
+
+
+@pytest.mark.parametrize("name", bench.kernel_names())
+def test_smallest_case_of_each_op(name):
+    import importlib
+
+    options = Options(quick=True, peers=frozenset())
+    found = list(importlib.import_module(f"swiftk.benchmarks.kernels.bench_{name}").cases(options))
+    assert found, f"bench_{name} yields no case"
+    for case in found:
+        record = as_json(measure(case, FixedLimits("cpu"), options))
+        assert record["status"] == "ok" and record["ms"] > 0 and case.bytes > 0
+
+
+def make(value: float) -> Case:
+    def check(y):
+        assert y == 1.0, f"got {y}"
+
+    return Case(op="op", name="case", dtype=torch.float32, run=lambda: value, check=check, bytes=8, peers={"peer": lambda: 1.0})
+
+
+def test_wrong_values_are_never_timed():
+    with pytest.raises(AssertionError, match=r"got 2.0"):
+        measure(make(2.0), FixedLimits("cpu"), Options(quick=True))
+
+
+def test_results_are_compared_and_rendered(tmp_path):
+    record = as_json(measure(make(1.0), FixedLimits("cpu"), Options(quick=True)))
+    slow = record | {"ms": record["ms"] * 100}
+    for name, r in (("a", record), ("b", slow)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"records": [r]}))
+    assert "slower" in report.compare(tmp_path / "a.json", tmp_path / "b.json")
+    assert "peer" in report.table([record]) and "| op |" in report.markdown([record])
+    report.plot([record], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+    with pytest.raises(SystemExit, match="has no results"):
+        report.load(tmp_path / "missing.json")
+
+
+def test_unknown_op_is_an_error():
+    with pytest.raises(SystemExit, match="--only has 'nope', wants some of"):
+        bench.main(["kernels", "--only", "nope"])
+
+
+def test_peak_extra_memory_sees_a_temporary():
+    mib = peak_extra_mib(lambda: torch.ones(16 << 20).sum())
+    if mib is None:
+        pytest.skip("this system does not tell the peak of the resident set")
+    assert 60 <= mib <= 100  # 64 MiB of fp32
+
+
+def test_readme_tables_are_the_generated_ones():
+    readme = (bench.ROOT / "README.md").read_text()
+    assert report.readme_block(bench.RESULTS) in readme, "run `python -m swiftk.bench readme`"
