@@ -48,9 +48,9 @@ class NinjaBuild(build_ext):
         lines = [
             f"cxx = {os.environ.get('CXX', 'g++')}",
             f"flags = {' '.join(flags).replace('$', '$$')}",
-            'rule cc\n  command = $cxx $flags -MMD -MF "$out.d" -c "$in" -o "$out"',
+            "rule cc\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",  # ninja quotes $in and $out itself
             "  depfile = $out.d\n  deps = gcc\n  description = CXX $in",
-            f"rule link\n  command = $cxx $in -o \"$out\" {' '.join(LINK_FLAGS)}\n  description = LINK $out",
+            f"rule link\n  command = $cxx $in -o $out {' '.join(LINK_FLAGS)}\n  description = LINK $out",
         ]
         objects = []
         for source in ext.sources:
