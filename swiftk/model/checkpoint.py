@@ -1,0 +1,170 @@
+"""Reads and writes Hugging Face checkpoints: config.json, model.safetensors or model-*-of-*.safetensors with their index.
+
+Files are memory mapped and each parameter reads its own slices only, so a process never holds more than it keeps.
+Tied embeddings: lm_head.weight may be absent, or present and equal to the embedding; it is not written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from swiftk.model.parameters import EMBEDDING, HEAD
+from swiftk.model.transformer import Model
+from swiftk.parallel.spec import ParamSpec
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' names; the others are codes of something
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def load_checkpoint(model: Model, directory: str | Path) -> None:
+    """Fills every parameter of the model with its slices of the checkpoint, cast to the parameter's dtype.
+
+    Raises: ValueError that lists each tensor that is missing, left over, mis-shaped or not floating point; or that names
+    a file which is missing or truncated. The model is then partly filled: do not use it.
+    """
+    directory = Path(directory)
+    where = _tensor_files(directory)
+    files = {path: _open(path) for path in sorted(set(where.values()))}
+    held = {path: set(file.keys()) for path, file in files.items()}
+    for name, path in where.items():
+        if name not in held[path]:
+            raise ValueError(f"load_checkpoint: {path} has no {name}, {INDEX} says that it has; download it again")
+    problems: list[str] = []
+    extra = {name for name in where if name not in model.specs and not name.endswith(".rotary_emb.inv_freq")}
+
+    def slices(name: str, spec: ParamSpec) -> torch.Tensor | None:
+        part = files[where[name]].get_slice(name)
+        if tuple(part.get_shape()) != spec.shape:
+            problems.append(f"{name} has shape {tuple(part.get_shape())}, wants {spec.shape}")
+        elif part.get_dtype() not in FLOATS:
+            problems.append(f"{name} has dtype {part.get_dtype()}, wants one of {', '.join(FLOATS)} (is it quantised?)")
+        else:
+            return part[tuple(slice(start, stop) for start, stop in spec.slices)]
+        return None
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            source = name
+            if name not in where and name == EMBEDDING and HEAD in where and model.lm_head is None:
+                source = HEAD  # tied, and stored under its other name
+            if source not in where:
+                hint = " (the checkpoint ties it: set tie_word_embeddings)" if name == HEAD else ""
+                problems.append(f"{name} is missing, wants shape {model.specs[name].shape}{hint}")
+                continue
+            value = slices(source, model.specs[name])
+            if value is not None:
+                parameter.copy_(value)
+        if model.lm_head is None and HEAD in extra:
+            extra.discard(HEAD)
+            if EMBEDDING in where:
+                head, embedding = slices(HEAD, model.specs[EMBEDDING]), slices(EMBEDDING, model.specs[EMBEDDING])
+                if head is not None and embedding is not None and not torch.equal(head, embedding):
+                    problems.append(f"{HEAD} differs from {EMBEDDING}, wants it equal or absent: config.json ties them")
+    problems += [f"{name} is not a parameter of the model, wants it absent" for name in sorted(extra)]
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise ValueError(f"load_checkpoint: {directory} does not fit the model:\n  " + "\n  ".join(shown))
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file."""
+    if (directory / INDEX).is_file():
+        try:
+            names = json.loads((directory / INDEX).read_text())["weight_map"]
+            return {name: directory / file for name, file in names.items()}
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"load_checkpoint: {directory / INDEX} has no readable weight_map ({error!r}); download it again"
+            ) from None
+    path = directory / SINGLE
+    if not path.is_file():
+        found = sorted(p.name for p in directory.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+        raise ValueError(
+            f"load_checkpoint: {directory} has {', '.join(found) or 'no weights'}, wants {SINGLE} or {INDEX}; "
+            "other formats: load them with transformers and save_pretrained"
+        )
+    return dict.fromkeys(_open(path).keys(), path)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"load_checkpoint: {path} is missing, {INDEX} names it; download it again") from None
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise ValueError(
+            f"load_checkpoint: {path} is truncated or not a safetensors file ({size:,} bytes; {error}); download it again"
+        ) from None
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    model: Model, directory: str | Path, *, max_shard_size: int = 5 * 10**9, dtype: torch.dtype | None = None
+) -> None:
+    """Writes config.json and the parameters under their Hugging Face names; transformers loads the directory.
+
+    Args:
+        model: holding whole parameters (a model cut along the tensor axis has to be gathered first: not there yet).
+        directory: made where missing. Each file is complete or absent (written aside, synced, renamed); a reader that
+            wants all files or none needs a directory of its own and a rename. One process per directory.
+        max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
+        dtype: of the stored tensors; None is the compute dtype, which is what the forward multiplies by.
+    """
+    directory, dtype = Path(directory), dtype or model.compute_dtype
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, spec in model.specs.items():
+        if spec.local_shape != spec.shape:
+            raise ValueError(f"save_checkpoint: {name} holds {spec.local_shape} of {spec.shape}, wants the whole parameter")
+    parameters = dict(model.named_parameters())
+    shards: list[list[str]] = [[]]
+    room = max_shard_size
+    for name in model.specs:
+        size = parameters[name].numel() * dtype.itemsize
+        if size > room and shards[-1]:
+            shards.append([])
+            room = max_shard_size
+        shards[-1].append(name)
+        room -= size
+    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        tensors = {name: parameters[name].detach().to("cpu", dtype).contiguous() for name in names}
+        aside = directory / f"{file}.tmp"
+        save_file(tensors, aside, metadata={"format": "pt"})
+        _publish(aside, directory / file)
+    if len(shards) > 1:
+        total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
+        }
+        _write_json(directory / INDEX, index)
+    for stale in {directory / SINGLE, directory / INDEX, *directory.glob("model-*-of-*.safetensors")}:
+        if stale.name not in files and not (stale.name == INDEX and len(shards) > 1):
+            stale.unlink(missing_ok=True)  # of an earlier save: transformers would prefer model.safetensors to the index
+    _write_json(directory / "config.json", {**model.config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")})
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    _publish(aside, path)
+
+
+def _publish(aside: Path, path: Path) -> None:
+    """Syncs the file and gives it its name."""
+    with open(aside, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)

@@ -1,0 +1,282 @@
+"""One decoder-only transformer: Llama 3, Mistral, Qwen2 and Qwen3 (dense), on packed tokens.
+
+    x = embed[ids];   per block:  x = x + o(attention(rope(q), rope(k), v)),  q, k, v = linear(norm(x))
+                                  x = x + down(silu(gate(norm(x))) up(norm(x)));   hidden = norm(x)
+
+Parameter names are those of the Hugging Face checkpoint. Trainable parameters are fp32 (fp64 where the compute dtype is)
+and cast to the compute dtype at use; frozen ones are stored in the compute dtype. Everything between the token ids and
+the hidden states is row-invariant (swiftk kernels, gathers, elementwise + and *): a token's hidden state depends on the
+tokens of its document up to it, bit for bit, whether they come packed, alone or one at a time over a cache.
+
+Activations kept for the backward per token and block, in elements (D query, K key/value and I inner features, H hidden):
+    none       4 H + 3 D + 3 K + 3 I  everything
+    selective  3 H + 2 D + 2 K + 2 I  outputs of linears and attention; norms, rope and swiglu, which only move bytes, again
+    full       H                      the block's input; the whole block again
+Dropout: none. Only the data axis of the mesh may exceed one yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from swiftk.kernels.attention import varlen_attention
+from swiftk.kernels.linear import linear
+from swiftk.kernels.rms_norm import rms_norm
+from swiftk.kernels.rope import rope, rope_table
+from swiftk.kernels.swiglu import swiglu
+from swiftk.model.config import ModelConfig
+from swiftk.model.parameters import initial_value, param_specs
+from swiftk.parallel.mesh import Mesh
+
+RECOMPUTE = ("none", "selective", "full")
+KVCache = list[tuple[torch.Tensor, torch.Tensor]]  # per layer k, v: (tokens so far, num_kv_heads, head_dim)
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The kernels the model is made of; tests pass the references."""
+
+    linear: Callable[..., torch.Tensor]
+    rms_norm: Callable[..., torch.Tensor]
+    rope: Callable[..., torch.Tensor]
+    swiglu: Callable[..., torch.Tensor]
+    varlen_attention: Callable[..., torch.Tensor]
+
+    @staticmethod
+    def native(isa: str) -> Ops:
+        return Ops(*(functools.partial(op, isa=isa) for op in (linear, rms_norm, rope, swiglu, varlen_attention)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a block needs to know of the packed tokens besides their features."""
+
+    positions: torch.Tensor  # (total,)
+    cu_seqlens_q: torch.Tensor  # int32 (documents + 1,)
+    cu_seqlens_k: torch.Tensor  # the same, plus what is cached
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class _Leaf(nn.Module):
+    """A weight and perhaps a bias, named by the module's place, used in the compute dtype."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, name: str, new: Callable[[str], nn.Parameter | None], ops: Ops, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_parameter("weight", new(f"{name}.weight"))
+        self.register_parameter("bias", new(f"{name}.bias"))
+        self.ops, self.dtype = ops, dtype
+
+
+class Embedding(_Leaf):
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return nn.functional.embedding(input_ids, self.weight).to(self.dtype)
+
+
+class Linear(_Leaf):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ops.linear(x, self.weight.to(self.dtype), None if self.bias is None else self.bias.to(self.dtype))
+
+
+class RMSNorm(_Leaf):
+    def __init__(self, name: str, new: Callable[[str], nn.Parameter | None], ops: Ops, dtype: torch.dtype, eps: float) -> None:
+        super().__init__(name, new, ops, dtype)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ops.rms_norm(x, self.weight.to(self.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, make: dict[str, Any]) -> None:
+        super().__init__()
+        name = f"model.layers.{layer}.self_attn"
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(f"{name}.{p}_proj", **make) for p in "qkvo")
+        if config.qk_norm:
+            self.q_norm = RMSNorm(f"{name}.q_norm", **make, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(f"{name}.k_norm", **make, eps=config.rms_norm_eps)
+        self.qk_norm, self.head_dim, self.layer = config.qk_norm, config.head_dim, layer
+        self.window_size = config.window_size(layer)
+        self.ops: Ops = make["ops"]
+
+    def forward(self, x: torch.Tensor, rows: Rows, cache: KVCache | None) -> torch.Tensor:
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = self.ops.rope(q, rows.cos, rows.sin, rows.positions)
+        k = self.ops.rope(k, rows.cos, rows.sin, rows.positions)
+        if cache is not None:
+            k, v = (torch.cat((old, new)) for old, new in zip(cache[self.layer], (k, v), strict=True))
+            cache[self.layer] = (k, v)
+        out = self.ops.varlen_attention(
+            q, k, v, rows.cu_seqlens_q, rows.cu_seqlens_k, causal=True, window_size=self.window_size
+        )  # (total, heads, head_dim)
+        return self.o_proj(out.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, layer: int, make: dict[str, Any]) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (
+            Linear(f"model.layers.{layer}.mlp.{p}_proj", **make) for p in ("gate", "up", "down")
+        )
+        self.ops: Ops = make["ops"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, make: dict[str, Any]) -> None:
+        super().__init__()
+        name, eps = f"model.layers.{layer}", config.rms_norm_eps
+        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", **make, eps=eps)
+        self.self_attn = Attention(config, layer, make)
+        self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", **make, eps=eps)
+        self.mlp = MLP(layer, make)
+
+    def forward(self, x: torch.Tensor, rows: Rows, cache: KVCache | None = None) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rows, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Body(nn.Module):
+    """Everything below the head; its name in the checkpoint is "model"."""
+
+    def __init__(self, config: ModelConfig, make: dict[str, Any]) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding("model.embed_tokens", **make)
+        self.layers = nn.ModuleList(Block(config, i, make) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm("model.norm", **make, eps=config.rms_norm_eps)
+
+
+class Model(nn.Module):
+    """The transformer, built sharded: every parameter has the local shape of its `ParamSpec`.
+
+    Args:
+        config: the shape.
+        mesh: this process's place; every axis but dp has size 1.
+        compute_dtype: bf16, fp32 or fp64: dtype of activations and of weights at use.
+        seed: of the initial weights, which depend on (seed, name) and not on the mesh; None leaves them uninitialised,
+            for `load_checkpoint`.
+        isa: instruction set of the CPU kernels: "auto", "avx512", "avx2" or "portable".
+        recompute: activations computed again in the backward: "none", "selective" or "full"; results are bitwise equal.
+        trainable: which parameters are, by name; the others have no gradient and are stored in compute_dtype.
+        ops: other kernels than swiftk's own, for tests.
+    Raises: ValueError for a wrong argument.
+    """
+
+    rope_cos: torch.Tensor
+    rope_sin: torch.Tensor
+
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, *, compute_dtype: torch.dtype = torch.float32, seed: int | None = 0,
+        isa: str = "auto", recompute: str = "selective", trainable: Callable[[str], bool] = lambda name: True,
+        ops: Ops | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        for axis in ("pp", "cp", "ep", "tp"):
+            if getattr(mesh, axis).size != 1:
+                raise ValueError(f"Model: mesh.{axis} has size {getattr(mesh, axis).size}, wants 1 (only dp is there yet)")
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"Model: recompute has {recompute!r}, wants one of {', '.join(RECOMPUTE)}")
+        if compute_dtype not in (torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"Model: compute_dtype has {compute_dtype}, wants torch.bfloat16, torch.float32 or torch.float64")
+        self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
+        self.specs = param_specs(config, mesh)
+        self.ops = Ops.native(isa) if ops is None else ops
+        master = torch.promote_types(compute_dtype, torch.float32)
+
+        def new(name: str) -> nn.Parameter | None:
+            spec = self.specs.get(name)
+            if spec is None:
+                return None
+            dtype = master if trainable(name) else compute_dtype
+            if seed is None:
+                value = torch.empty(spec.local_shape, dtype=dtype)
+            else:
+                value = initial_value(spec, seed, config.initializer_range).to(dtype)
+            return nn.Parameter(value, requires_grad=trainable(name))
+
+        make: dict[str, Any] = {"new": new, "ops": self.ops, "dtype": compute_dtype}
+        self.model = Body(config, make)
+        self.lm_head = None if config.tie_word_embeddings else Linear("lm_head", **make)
+        cos, sin = rope_table(
+            config.head_dim, config.max_position_embeddings, theta=config.rope_theta, scaling=config.rope_scaling, dtype=master
+        )
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(vocab, H) in the compute dtype, differentiable: what linear_cross_entropy and token_logprobs take."""
+        leaf = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return leaf.weight.to(self.compute_dtype)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., H) -> (..., vocab) in the compute dtype."""
+        return self.ops.linear(hidden, self.head_weight)
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for one sequence: what `forward` takes as kv_cache, and appends to."""
+        weight = self.model.embed_tokens.weight
+        shape = (0, self.config.num_key_value_heads, self.config.head_dim)
+        empty = weight.new_empty(shape, dtype=self.compute_dtype)
+        return [(empty, empty) for _ in self.model.layers]
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor, kv_cache: KVCache | None = None
+    ) -> torch.Tensor:
+        """Hidden states after the last norm, (total, H) in the compute dtype.
+
+        Args:
+            input_ids: (total,) int64, documents one after the other.
+            positions: (total,) int64 or int32, from 0 in each document, below max_position_embeddings.
+            cu_seqlens: (documents + 1,) int32, offsets of the documents; attention stays inside them.
+            kv_cache: keys and values of the tokens before these, of one sequence (see `new_cache`); its entries are
+                replaced by longer ones. Not differentiable through the cache's past.
+        """
+        if input_ids.dim() != 1 or positions.shape != input_ids.shape:
+            raise ValueError(
+                f"Model: input_ids has shape {tuple(input_ids.shape)} and positions {tuple(positions.shape)}, "
+                "wants (total,) each: packed tokens without a batch dimension"
+            )
+        cu_seqlens_k = cu_seqlens
+        if kv_cache is not None:
+            if cu_seqlens.numel() != 2:
+                raise ValueError(f"Model: cu_seqlens has {cu_seqlens.numel() - 1} documents, a kv_cache holds 1")
+            past = torch.tensor([0, kv_cache[0][0].shape[0]], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+            cu_seqlens_k = cu_seqlens + past
+        rows = Rows(positions, cu_seqlens, cu_seqlens_k, self.rope_cos, self.rope_sin)
+        x = self.model.embed_tokens(input_ids)
+        for block in self.model.layers:
+            if self.recompute == "none" or kv_cache is not None or not torch.is_grad_enabled():
+                x = block(x, rows, kv_cache)
+            elif self.recompute == "full":
+                x = checkpoint(block, x, rows, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = checkpoint(block, x, rows, use_reentrant=False, preserve_rng_state=False, context_fn=_selective)
+        return self.model.norm(x)
+
+
+# Outputs worth their memory: their recomputation is bound by arithmetic, not by bytes.
+_KEEP = {
+    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
+}  # fmt: skip
+
+
+def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEEP else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_selective = functools.partial(create_selective_checkpoint_contexts, _policy)
