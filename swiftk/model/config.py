@@ -63,7 +63,8 @@ class ModelConfig:
             raise ValueError(f"ModelConfig: head_dim has {self.head_dim}, wants an even number (rope rotates pairs)")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"ModelConfig: layer_types has {len(self.layer_types)} entries, wants num_hidden_layers {self.num_hidden_layers}"
+                f"ModelConfig: layer_types has {len(self.layer_types)} entries, "
+                f"wants {self.num_hidden_layers} (num_hidden_layers)"
             )
         for i, kind in enumerate(self.layer_types):
             if kind not in (FULL, SLIDING):
@@ -81,7 +82,7 @@ class ModelConfig:
 
     @staticmethod
     def from_hf(source: Mapping[str, Any] | str | Path) -> ModelConfig:
-        """A config.json's dict, its path, or the directory it lies in. ValueError names the field, its value and the wanted one."""
+        """Reads a config.json's dict, its path, or the directory it lies in. ValueError names the field, got and wanted."""
         if isinstance(source, Mapping):
             return _parse(dict(source))
         path = Path(source)
@@ -178,7 +179,6 @@ IGNORED = {
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "attn_implementation",
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "unsloth_version", "unsloth_fixed",
 }  # fmt: skip
-)
 
 
 class _Fields:
