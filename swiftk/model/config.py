@@ -164,7 +164,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False, None), "partial_rotary_factor": (1, None), "pretraining_tp": (1, None),
     "is_encoder_decoder": (False, None), "chunk_size_feed_forward": (0, None), "quantization_config": (None,),
     "auto_map": (None, {}), "num_experts": (None, 0), "num_local_experts": (None, 0), "pruned_heads": (None, {}),
-    "add_cross_attention": (False, None), "rope_interleaved": (False, None), "tie_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None), "rope_interleaved": (False, None), "use_mrope": (False, None),
+    "tie_encoder_decoder": (False, None),
 }  # fmt: skip
 # Fields that do not reach the forward: records of versions and names, and defaults of generation.
 IGNORED = {

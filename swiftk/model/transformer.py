@@ -251,6 +251,14 @@ class Model(nn.Module):
                 f"Model: input_ids has shape {tuple(input_ids.shape)} and positions {tuple(positions.shape)}, "
                 "wants (total,) each: packed tokens without a batch dimension"
             )
+        if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+            bad = (input_ids < 0) | (input_ids >= self.config.vocab_size)
+            if bad.any():  # a GPU would have to wait for the answer, and its gather asserts
+                at = int(bad.nonzero()[0])
+                raise ValueError(
+                    f"Model: input_ids has {int(input_ids[at])} at {at}, "
+                    f"wants at least 0 and below vocab_size {self.config.vocab_size}"
+                )
         cu_seqlens_k = cu_seqlens
         if kv_cache is not None:
             if cu_seqlens.numel() != 2:
