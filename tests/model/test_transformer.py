@@ -20,7 +20,7 @@ from swiftk.parallel.comm import SingleComm
 from swiftk.parallel.mesh import Axis, Mesh
 from tests.model.families import FAMILIES, make_ours, pack
 
-REFERENCES = Ops(linear_ref, rms_norm_ref, rope_ref, swiglu_ref, lambda *args, **options: varlen_attention_ref(*args, **options)[0])
+REFERENCES = Ops(linear_ref, rms_norm_ref, rope_ref, swiglu_ref, lambda *args, **kw: varlen_attention_ref(*args, **kw)[0])
 
 WAITS = pytest.mark.xfail(strict=False, reason="waits for the C++ kernels of linear, rope, attention, cross entropy")
 
