@@ -32,13 +32,13 @@ def check_isa(op: str, isa: str) -> None:
         raise ValueError(f"{op}: isa has {isa!r}, wants one of {', '.join(ISAS)}")
 
 
-def refuse_double_backward(op: str, operator: str) -> None:
+def refuse_double_backward(op: str, operator: str, reference: str | None = None) -> None:
     """Registers for a backward operator a derivative that says what is missing, in place of torch's silent zero."""
 
     def refuse(ctx, *grads):
         raise NotImplementedError(
             f"{op}: the gradient of its gradient is not supported; "
-            f"use swiftk.kernels.{op}.{op}_ref, which torch differentiates any number of times"
+            f"use {reference or f'swiftk.kernels.{op}.{op}_ref'}, which torch differentiates any number of times"
         )
 
     torch.library.register_autograd(operator, refuse)

@@ -44,8 +44,8 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def no_cuda_kernel(op: str) -> NoReturn:
+def no_cuda_kernel(op: str, reference: str | None = None) -> NoReturn:
     raise NotImplementedError(
         f"{op}: there is no CUDA kernel yet; move the tensors to the CPU (x.cpu()), "
-        f"or call swiftk.kernels.{op}.{op}_ref for the plain torch reference on any device"
+        f"or call {reference or f'swiftk.kernels.{op}.{op}_ref'} for the plain torch reference on any device"
     )

@@ -7,6 +7,8 @@
 //   fma(a, b, c)      a * b + c, fused where the instruction set has it (portable: two roundings)
 //   sum(v), hmax(v)   one fixed tree: lanes i and i + width/2 first
 //   exp(v)            relative error below 3e-7 (float), 2e-15 (double); exp(-inf) = 0, exp(NaN) = NaN
+//   tanh(v)           relative error below 4e-7 (float), 3e-15 (double), for small arguments too
+//   select_less(a, b, x, y)   a < b ? x : y; y where a or b is NaN
 //
 // Every operation acts on each lane alone, so a value does not depend on the lane it sits in or on its neighbours.
 
@@ -66,6 +68,9 @@ inline Vec<float> scale2(Vec<float> a, Vec<float> n) { return {_mm512_scalef_ps(
 inline Vec<float> zero_below(Vec<float> x, Vec<float> low, Vec<float> y) {  // x < low ? 0 : y
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, low.v, _CMP_NLT_UQ), y.v)};
 }
+inline Vec<float> select_less(Vec<float> a, Vec<float> b, Vec<float> x, Vec<float> y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+}
 
 template <> struct Vec<double> {
   static constexpr int width = 8;
@@ -97,6 +102,9 @@ inline Vec<double> round_nearest(Vec<double> a) { return {_mm512_roundscale_pd(a
 inline Vec<double> scale2(Vec<double> a, Vec<double> n) { return {_mm512_scalef_pd(a.v, n.v)}; }
 inline Vec<double> zero_below(Vec<double> x, Vec<double> low, Vec<double> y) {
   return {_mm512_maskz_mov_pd(_mm512_cmp_pd_mask(x.v, low.v, _CMP_NLT_UQ), y.v)};
+}
+inline Vec<double> select_less(Vec<double> a, Vec<double> b, Vec<double> x, Vec<double> y) {
+  return {_mm512_mask_blend_pd(_mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
 
 #elif SWIFTK_ISA == 1
@@ -161,6 +169,9 @@ inline Vec<float> scale2(Vec<float> a, Vec<float> n) {  // a * 2^n for |n| <= 25
 inline Vec<float> zero_below(Vec<float> x, Vec<float> low, Vec<float> y) {  // x < low ? 0 : y
   return {_mm256_and_ps(_mm256_cmp_ps(x.v, low.v, _CMP_NLT_UQ), y.v)};
 }
+inline Vec<float> select_less(Vec<float> a, Vec<float> b, Vec<float> x, Vec<float> y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
 
 template <> struct Vec<double> {
   static constexpr int width = 4;
@@ -197,6 +208,9 @@ inline Vec<double> scale2(Vec<double> a, Vec<double> n) {
 }
 inline Vec<double> zero_below(Vec<double> x, Vec<double> low, Vec<double> y) {
   return {_mm256_and_pd(_mm256_cmp_pd(x.v, low.v, _CMP_NLT_UQ), y.v)};
+}
+inline Vec<double> select_less(Vec<double> a, Vec<double> b, Vec<double> x, Vec<double> y) {
+  return {_mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ))};
 }
 
 #else  // portable: arrays that the compiler vectorises with whatever the baseline has
@@ -284,6 +298,10 @@ template <class A> inline Vec<A> zero_below(Vec<A> x, Vec<A> low, Vec<A> y) {  /
   for (int i = 0; i < Vec<A>::width; ++i) y.v[i] = x.v[i] < low.v[i] ? A(0) : y.v[i];
   return y;
 }
+template <class A> inline Vec<A> select_less(Vec<A> a, Vec<A> b, Vec<A> x, Vec<A> y) {
+  for (int i = 0; i < Vec<A>::width; ++i) y.v[i] = a.v[i] < b.v[i] ? x.v[i] : y.v[i];
+  return y;
+}
 #endif
 
 // exp(x) = 2^n exp(r), n = round(x log2 e), r = x - n ln 2 in two parts, exp(r) by its Taylor polynomial on |r| <= 0.347.
@@ -319,4 +337,23 @@ inline Vec<double> exp(Vec<double> x) {
                       1.0 / 120,       1.0 / 24,       1.0 / 6,       0.5,          1.0,         1.0};
   for (double k : c) p = fma(p, r, V::set1(k));
   return zero_below(x, low, scale2(p, n));
+}
+
+// tanh(x) = e / (e + 2) with e = expm1(2x) = 2^n (exp(r) - 1) + (2^n - 1): nothing cancels near zero, where n = 0.
+template <int terms, class A> inline Vec<A> tanh_by_series(Vec<A> x, A bound, A log2e, A ln2_high, A ln2_low) {
+  using V = Vec<A>;
+  V y = max(V::set1(-bound), x + x);  // max(a, b) is b where x is NaN
+  y = V::zero() - max(V::set1(-bound), V::zero() - y);
+  const V n = round_nearest(y * V::set1(log2e));
+  const V r = fma(n, V::set1(-ln2_low), fma(n, V::set1(-ln2_high), y));
+  V p = V::set1(A(1) / A(terms));
+#pragma GCC unroll 16
+  for (int k = terms - 1; k >= 1; --k) p = fma(p * r, V::set1(A(1) / A(k)), V::set1(A(1) / A(k)));
+  const V two_n = scale2(V::set1(A(1)), n);
+  const V e = fma(two_n, p * r, two_n - V::set1(A(1)));
+  return e / (e + V::set1(A(2)));
+}
+inline Vec<float> tanh(Vec<float> x) { return tanh_by_series<8>(x, 20.0f, 1.44269504088896341f, 0.693359375f, -2.12194440e-4f); }
+inline Vec<double> tanh(Vec<double> x) {
+  return tanh_by_series<14>(x, 40.0, 1.44269504088896340736, 6.93145751953125e-1, 1.42860682030941723212e-6);
 }

@@ -1,53 +1,288 @@
-"""Packed variable-length attention."""
+"""Attention over packed sequences: out = P v, P = exp(s - logaddexp(lse, sink)), lse = log sum exp(s) over the keys a query sees,
+s = x or softcap tanh(x / softcap), x = softmax_scale q k^T.
+
+Sources: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022, Dao 2023 (tiling, the backward from out and lse);
+softcap as in Gemma 2; sinks as in gpt-oss (Xiao et al. 2023): one logit per head that joins the sum and has no value.
+A segment is a range of queries that meets a range of keys, each with its positions; documents are segments with
+q_pos = k_len - q_len and k_pos = 0, which aligns causal and window masks to the bottom right:
+
+    q_len 2, k_len 4, causal:    1 1 1 0        q_len 3, k_len 1, causal:    0
+                                 1 1 1 1                                     0
+                                                                             1
+A query's out and lse depend on that query and the keys it sees alone, bit for bit: KV tiles of 64 keys start at multiples of 64
+in positions, and no sum depends on how many queries share a call, on their neighbours, or on the thread count.
+FLOPs: 4 d per query head and visible pair forward, 10 d backward. Bytes: q, k, v, out once; K and V once per 96 rows.
+Not supported: dropout, ALiBi or another bias, head_dim of v unlike that of k, a CUDA kernel (not there yet).
+"""
 
 from __future__ import annotations
 
 import torch
+
+from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
+from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
+
+REFERENCE = "swiftk.kernels.attention.varlen.varlen_attention_ref"
+FOREIGN_BACKENDS = {"flash_attn": "the flash-attn package and a CUDA device", "cudnn": "the nvidia-cudnn-frontend package and a CUDA device"}
+
+
+# --- reference ---------------------------------------------------------------------------------------------------
+
+
+def attend_ref(q, k, v, q_pos: int, k_pos: int, causal: bool, scale: float, window_size: tuple[int, int], softcap: float, sinks):
+    """One segment: q (m, heads, d), k, v (n, kv_heads, d), sinks (heads,) or None -> out (m, heads, d), lse (heads, m)."""
+    group = q.shape[1] // k.shape[1]
+    s = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    i = torch.arange(q.shape[0], device=q.device)[:, None] + q_pos
+    j = torch.arange(k.shape[0], device=q.device)[None] + k_pos
+    keep = (j <= i) if causal else torch.ones_like(j <= i)
+    if window_size[0] >= 0:
+        keep &= j >= i - window_size[0]
+    if window_size[1] >= 0:
+        keep &= j <= i + window_size[1]
+    s = s.masked_fill(~keep, float("-inf"))
+    lse = torch.logsumexp(s, -1)
+    total = lse if sinks is None else torch.logaddexp(lse, sinks[:, None])
+    p = torch.exp(s - total.masked_fill(total == float("-inf"), 0.0)[..., None])
+    return torch.einsum("hqk,khd->qhd", p, v.repeat_interleave(group, 1)), lse
 
 
 def varlen_attention_ref(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor | None = None, *,
     causal: bool = False, softmax_scale: float | None = None, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (total_q, num_heads, head_dim), k, v (total_k, num_kv_heads, head_dim) -> out like q, lse (num_heads, total_q)."""
-    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    acc = torch.promote_types(q.dtype, torch.float32)
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The formula in at least fp32, document by document, rounded once. Shapes as in `varlen_attention` -> out, lse."""
+    acc = acc_dtype(q.dtype)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    group = q.shape[1] // k.shape[1]
+    cu_q = cu_seqlens_q.tolist()
+    cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()
+    extra = None if sinks is None else sinks.to(acc)
     outs, lses = [], []
-    for i in range(cu_seqlens_q.numel() - 1):
-        qi = q[cu_seqlens_q[i] : cu_seqlens_q[i + 1]].to(acc)
-        ki = k[cu_seqlens_k[i] : cu_seqlens_k[i + 1]].to(acc).repeat_interleave(group, 1)
-        vi = v[cu_seqlens_k[i] : cu_seqlens_k[i + 1]].to(acc).repeat_interleave(group, 1)
-        s = torch.einsum("qhd,khd->hqk", qi, ki) * scale
-        if softcap:
-            s = softcap * torch.tanh(s / softcap)
-        q_pos = torch.arange(qi.shape[0])[:, None] + ki.shape[0] - qi.shape[0]
-        k_pos = torch.arange(ki.shape[0])[None]
-        keep = torch.ones(qi.shape[0], ki.shape[0], dtype=torch.bool)
-        if causal:
-            keep &= k_pos <= q_pos
-        if window_size[0] >= 0:
-            keep &= k_pos >= q_pos - window_size[0]
-        if window_size[1] >= 0:
-            keep &= k_pos <= q_pos + window_size[1]
-        s = s.masked_fill(~keep, float("-inf"))
-        lse = torch.logsumexp(s, -1)
-        total = lse if sinks is None else torch.logaddexp(lse, sinks.to(acc)[:, None])
-        p = torch.exp(s - total[..., None]).masked_fill(~keep, 0.0)
-        outs.append(torch.einsum("hqk,khd->qhd", p, vi).to(q.dtype))
+    for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+        out, lse = attend_ref(
+            q[q0:q1].to(acc), k[k0:k1].to(acc), v[k0:k1].to(acc), (k1 - k0) - (q1 - q0), 0, causal, scale, window_size, softcap, extra
+        )
+        outs.append(out)
         lses.append(lse)
-    return torch.cat(outs), torch.cat(lses, 1)
+    tail = q.shape[0] - cu_q[-1]
+    outs.append(q.new_zeros(tail, *q.shape[1:], dtype=acc))
+    lses.append(q.new_full((q.shape[1], tail), float("-inf"), dtype=acc))
+    return torch.cat(outs).to(q.dtype), torch.cat(lses, 1)
+
+
+# --- launchers ---------------------------------------------------------------------------------------------------
+
+
+def _strides(x: torch.Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), x.stride(0), x.stride(1)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x with a contiguous last dimension; tokens and heads may have any strides (a slice of a fused qkv is not copied)."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _options(q, k, softmax_scale, softcap, left, right):
+    return q.shape[1], k.shape[1], q.shape[2], softmax_scale, softcap, left, right
+
+
+def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    """(left, right) with causal folded in: it is a window that ends at the query."""
+    return window_size[0], 0 if causal else window_size[1]
+
+
+def varlen_attention_out(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    sinks: torch.Tensor | None, softmax_scale: float, softcap: float, left: int, right: int, out: torch.Tensor, lse: torch.Tensor,
+    isa: str = "auto",
+) -> None:  # fmt: skip
+    """Writes the rows of out and lse that belong to a document; no autograd, no checks beyond the values of cu_seqlens.
+
+    Last dimensions contiguous; out (total_q, heads, head_dim) and lse (heads, total_q) contiguous; sinks in lse's dtype;
+    left, right: the window, -1 for unlimited, right = 0 for causal.
+    """
+    native().varlen_fwd(
+        DTYPE_CODES[q.dtype], _strides(q), _strides(k), _strides(v), q.shape[0], k.shape[0],
+        _options(q, k, softmax_scale, softcap, left, right), (cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), cu_seqlens_q.numel() - 1),
+        out.data_ptr(), out.dtype != q.dtype, False, lse.data_ptr(), 0 if sinks is None else sinks.data_ptr(), threads(), isa,
+    )  # fmt: skip
+
+
+# --- operator ----------------------------------------------------------------------------------------------------
+
+torch.library.define(
+    "swiftk::varlen_attention_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? sinks, "
+    "float softmax_scale, float softcap, int left, int right, str isa) -> (Tensor out, Tensor lse)",
+)
+torch.library.define(
+    "swiftk::varlen_attention_bwd",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+    "Tensor? sinks, float softmax_scale, float softcap, int left, int right, str isa) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+)
+
+
+@torch.library.register_kernel("swiftk::varlen_attention_fwd", "cpu")
+def _fwd_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
+    acc, end = acc_dtype(q.dtype), int(cu_seqlens_q[-1])
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=acc)
+    varlen_attention_out(
+        _rows(q), _rows(k), _rows(v), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), None if sinks is None else sinks.to(acc),
+        softmax_scale, softcap, left, right, out, lse, isa,
+    )  # fmt: skip
+    if end < q.shape[0]:  # tokens that belong to no document
+        out[end:] = 0.0
+        lse[:, end:] = float("-inf")
+    return out, lse
+
+
+@torch.library.register_kernel("swiftk::varlen_attention_bwd", "cpu")
+def _bwd_cpu(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
+    acc = acc_dtype(q.dtype)
+    dq, dk, dv = (torch.zeros(x.shape, dtype=acc) for x in (q, k, v))
+    dsinks = torch.zeros(0 if sinks is None else q.shape[1], dtype=acc)
+    _backward_into(
+        _rows(dout), None if dlse is None else dlse.contiguous(), _rows(q), _rows(k), _rows(v), out, lse,
+        (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()), None if sinks is None else sinks.to(acc).contiguous(),
+        softmax_scale, softcap, left, right, dq, dk, dv, None if sinks is None else dsinks, isa,
+    )  # fmt: skip
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks if sinks is None else dsinks.to(sinks.dtype)
+
+
+@torch.library.register_kernel("swiftk::varlen_attention_fwd", "cuda")
+def _fwd_cuda(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
+    no_cuda_kernel("varlen_attention", REFERENCE)
+
+
+@torch.library.register_fake("swiftk::varlen_attention_fwd")
+def _fwd_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=acc_dtype(q.dtype))
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+@torch.library.register_fake("swiftk::varlen_attention_bwd")
+def _bwd_fake(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
+    dsinks = lse.new_empty(0) if sinks is None else torch.empty_like(sinks, memory_format=torch.contiguous_format)
+    return *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)), dsinks
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, *ctx.options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, sinks)
+
+
+def _backward(ctx, dout, dlse):
+    # with f = exp(lse - logaddexp(lse, sink)), D = rowsum(dout * out), p = exp(s - lse):
+    #   dv = p^T (f dout),  ds = p (f dout v^T - f D + dlse),  dx = ds (1 - (s / softcap)^2),
+    #   dq = scale dx k,  dk = scale dx^T q,  dsink = -sum over rows of (1 - f) D
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv, dsinks = torch.ops.swiftk.varlen_attention_bwd(
+        dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, *ctx.options
+    )
+    return dq, dk, dv, None, None, None if sinks is None else dsinks, *(None for _ in ctx.options)
+
+
+torch.library.register_autograd("swiftk::varlen_attention_fwd", _backward, setup_context=_setup_context)
+refuse_double_backward("varlen_attention", "swiftk::varlen_attention_bwd", REFERENCE)
+
+
+# --- segments: resumable, without autograd -----------------------------------------------------------------------
+
+
+def _table(table: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int, int]:
+    if isinstance(table, tuple):
+        return table[0].data_ptr(), table[1].data_ptr(), table[0].numel() - 1
+    return table.data_ptr(), 0, table.shape[0]
+
+
+def _backward_into(dout, dlse, q, k, v, out, lse, table, sinks, softmax_scale, softcap, left, right, dq, dk, dv, dsinks, isa) -> None:
+    scratch = torch.empty(2, *lse.shape, dtype=lse.dtype)
+    native().varlen_bwd(
+        DTYPE_CODES[q.dtype], _strides(dout), _strides(q), _strides(k), _strides(v), q.shape[0], k.shape[0],
+        _options(q, k, softmax_scale, softcap, left, right), _table(table), out.data_ptr(), out.dtype != q.dtype, lse.data_ptr(),
+        0 if dlse is None else dlse.data_ptr(), 0 if sinks is None else sinks.data_ptr(), scratch.data_ptr(), dq.data_ptr(),
+        dk.data_ptr(), dv.data_ptr(), 0 if dsinks is None else dsinks.data_ptr(), threads(), isa,
+    )  # fmt: skip
+
+
+# --- public ------------------------------------------------------------------------------------------------------
+
+
+def _check(op: str, q, k, v, window_size, softcap: float, sinks, isa: str) -> None:
+    check_floating(op, q=q, k=k, v=v)
+    check_isa(op, isa)
+    if q.dim() != 3 or not 1 <= q.shape[2] <= 512:
+        raise ValueError(f"{op}: q has shape {tuple(q.shape)}, wants (total_q, heads, head_dim) with head_dim from 1 to 512")
+    if k.dim() != 3 or k.shape[2] != q.shape[2]:
+        raise ValueError(f"{op}: k has shape {tuple(k.shape)}, q {tuple(q.shape)} needs (total_k, kv_heads, {q.shape[2]})")
+    check_shape(op, "v", v, tuple(k.shape), f"k {tuple(k.shape)}")
+    if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{op}: q has {q.shape[1]} heads, wants a multiple of the {k.shape[1]} heads of k and v")
+    if len(window_size) != 2 or min(window_size) < -1:
+        raise ValueError(f"{op}: window_size has {tuple(window_size)}, wants (left, right), each at least 0, or -1 for unlimited")
+    if not 0.0 <= softcap < float("inf"):
+        raise ValueError(f"{op}: softcap has {softcap}, wants a finite number >= 0 (0 for none)")
+    if sinks is not None:
+        check_shape(op, "sinks", sinks, (q.shape[1],), f"q {tuple(q.shape)}")
+        if sinks.dtype not in (q.dtype, acc_dtype(q.dtype)) or sinks.device != q.device:
+            raise ValueError(f"{op}: sinks has {sinks.dtype} on {sinks.device}, wants {q.dtype} or {acc_dtype(q.dtype)} on {q.device}")
+
+
+def _check_int32(op: str, name: str, tensor: torch.Tensor, q: torch.Tensor, shape: str, fits: bool) -> None:
+    if tensor.dtype != torch.int32:
+        raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, wants torch.int32 ({name}.int())")
+    if tensor.device != q.device:
+        raise ValueError(f"{op}: {name} has device {tensor.device}, wants {q.device} like q")
+    if not fits:
+        raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, wants {shape}")
 
 
 def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor | None = None, *,
     causal: bool = False, softmax_scale: float | None = None, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
     sinks: torch.Tensor | None = None, return_lse: bool = False, backend: str = "swiftk", isa: str = "auto",
-):
-    out, lse = varlen_attention_ref(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap,
-        sinks=sinks,
-    )
+):  # fmt: skip
+    """Attention of each packed document to itself, differentiable in q, k, v and sinks, through out and lse.
+
+    Args:
+        q: (total_q, heads, head_dim), bf16, fp32 or fp64, head_dim 1 to 512; any strides (a contiguous last dimension is not copied).
+        k, v: (total_k, kv_heads, head_dim) like q; heads is a multiple of kv_heads, query head h reads KV head h // (heads / kv_heads).
+        cu_seqlens_q: int32 (documents + 1,), from 0, not decreasing; document i is q[cu[i] : cu[i + 1]]. Empty ones are allowed, and
+            tokens past cu_seqlens[-1] belong to no document: out 0, lse -inf, gradients 0.
+        cu_seqlens_k: the same for k and v; None for cu_seqlens_q. Document i of q sees document i of k.
+        causal: query i of m sees keys up to i + n - m of n (aligned bottom-right).
+        softmax_scale: None for head_dim ** -0.5.
+        window_size: (left, right), keys before and after the query's position that it sees; -1 for unlimited.
+        softcap: scores become softcap tanh(x / softcap); 0 for none.
+        sinks: (heads,), a logit per head that joins the softmax without a value; q's or the accumulate dtype.
+        return_lse: also return lse (heads, total_q), natural log, without the sink, fp32 (fp64 for fp64); -inf where no key is seen.
+        backend: "swiftk".
+        isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
+    Returns: out like q, contiguous, 0 where no key is seen; with return_lse (out, lse).
+    Raises: ValueError for a wrong shape, dtype, device, option or cu_seqlens; NotImplementedError on CUDA or for another backend.
+    """
+    op = "varlen_attention"
+    if backend in FOREIGN_BACKENDS:
+        needs = FOREIGN_BACKENDS[backend]
+        raise NotImplementedError(f"{op}: backend {backend!r} is not there yet (it will need {needs}); use backend='swiftk'")
+    if backend != "swiftk":
+        raise ValueError(f"{op}: backend has {backend!r}, wants swiftk, {' or '.join(FOREIGN_BACKENDS)}")
+    _check(op, q, k, v, window_size, softcap, sinks, isa)
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_int32(op, name, cu, q, "(documents + 1,)", cu.dim() == 1 and cu.numel() >= 1)
+    check_shape(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), f"cu_seqlens_q {tuple(cu_seqlens_q.shape)}")
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    left, right = _window(causal, window_size)
+    out, lse = torch.ops.swiftk.varlen_attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, scale, float(softcap), left, right, isa)
     return (out, lse) if return_lse else out
