@@ -39,11 +39,15 @@ class Mesh:
         return Mesh(*(_alone() for _ in range(6)))
 
     @staticmethod
-    def from_world(*, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1) -> Mesh:
-        """The mesh over torch.distributed's default group; data parallel takes what the other axes leave."""
+    def from_comm(comm: Comm, *, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1) -> Mesh:
+        """The mesh over the ranks of `comm`; data parallel takes what the other axes leave."""
         for name, size in (("tp", tp), ("pp", pp), ("cp", cp), ("ep", ep)):
             if size != 1:
                 raise ValueError(f"Mesh: {name} has {size}, wants 1 (only data parallelism is there yet)")
-        comm = DistComm()
         world = Axis(comm.rank, comm.size, comm)
         return Mesh(dp=world, pp=_alone(), cp=_alone(), ep=_alone(), tp=_alone(), world=world)
+
+    @staticmethod
+    def from_world(*, tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1) -> Mesh:
+        """`from_comm` over torch.distributed's default group."""
+        return Mesh.from_comm(DistComm(), tp=tp, pp=pp, cp=cp, ep=ep)

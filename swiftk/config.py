@@ -40,6 +40,7 @@ class OptimConfig:
     adam_beta2: float = 0.95
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
+    lr_decay_steps: int | None = None  # length of the schedule; None: the run's last step. Fix it to extend a run later
 
 
 @dataclass(frozen=True)
@@ -50,28 +51,33 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
+    ddp_timeout: float = 600.0  # seconds a collective may wait before the run ends with the name of the late rank
+    heartbeat_timeout: float = 20.0  # seconds without a sign of life before a rank is taken for dead
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Read by trainer/loop.py, checkpoint.py and metrics.py."""
+    """Read by trainer/run.py, loop.py, checkpoint.py and metrics.py."""
 
     model: str | None = None  # directory of a Hugging Face checkpoint
-    tuner_type: str = "full"
+    model_config: dict[str, object] = field(default_factory=dict)  # in place of model: a config.json; random initial weights
+    tokenizer: str | None = None  # directory | train: byte-level BPE of model_config's vocab_size on the dataset; None: model's
+    tuner_type: str = "full"  # full
     output_dir: str | None = None  # None: output/<model>
     add_version: bool = True  # a new v{N}-{time} folder under output_dir for each run
     micro_batch_size: int = 1  # packs (rows without packing) per forward and rank
     global_batch_size: int = 16  # packs (rows) per optimizer step over all ranks
     num_train_epochs: float = 1.0
     max_steps: int = -1  # > 0: instead of num_train_epochs
-    save_steps: int = 500
-    save_total_limit: int | None = None
+    save_steps: int = 500  # and after the last step; 0: only then
+    save_total_limit: int | None = None  # checkpoints kept; the last valid and the best always are
     logging_steps: int = 5
-    eval_steps: int | None = None  # None: save_steps
-    report_to: tuple[str, ...] = ("tensorboard",)
-    resume_from_checkpoint: str | None = None  # directory | auto
+    eval_steps: int | None = None  # and before the first and after the last step; None: save_steps
+    report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard | none; logging.jsonl is always written
+    resume_from_checkpoint: str | None = None  # directory | auto: newest valid one of an equal run under output_dir
     recompute_granularity: str = "selective"  # none | selective | full
-    torch_dtype: str | None = None  # compute dtype: bfloat16 | float32 | float64; None: bf16 where the CPU has it
-    isa: str = "auto"
+    torch_dtype: str | None = None  # compute dtype: bfloat16 | float32 | float64; None: bf16 where the CPU has it, else fp32
+    isa: str = "auto"  # auto | avx512 | avx2 | portable
+    peak_tflops: float | None = None  # of one rank, for MFU; None: measured with a matmul at the start
     seed: int = 42
     preview: int = 0  # > 0: print that many packed rows with their loss mask and stop

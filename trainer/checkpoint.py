@@ -1,0 +1,315 @@
+"""Checkpoints that are whole or absent, and how a run finds the one to go on from.
+
+    <output_dir>/v0-20250101-120000/    one run: args.json, the YAML, logging.jsonl, runs/
+        checkpoint-<step>/              model*.safetensors, config.json, the tokenizer (Hugging Face's format);
+                                        args.json, trainer_state.json; resume/ (fp32 weights, AdamW's moments; torch DCP);
+                                        manifest.json (name, size and SHA-256 of each file: the last to be written)
+        last, best                      links to a checkpoint
+    <output_dir>/last                   link to the newest run's last checkpoint
+
+A save goes to a directory of another name; its files are synced, then the manifest, then the directory gets its name and
+the parent is synced. Whatever is killed in between leaves the previous checkpoint valid; the remains are removed at
+the next start. The state names no layout: it is whole tensors and a count of steps, from which the data order follows,
+so a run may go on with another number of data-parallel ranks. All tensors are replicated so far, so rank 0 writes alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+MANIFEST, STATE, ARGS, RESUME = "manifest.json", "trainer_state.json", "args.json", "resume"
+SAVING = ".saving-"  # .saving-<checkpoint>@<host>@<pid>: not a checkpoint yet, or not any more
+# args.json may differ in these and the runs still be equal: paths, how long, how often to report or save
+FREE_KEYS = frozenset(
+    ("output_dir", "add_version", "resume_from_checkpoint", "max_steps", "num_train_epochs", "preview", "ddp_timeout",
+     "heartbeat_timeout", "save_steps", "save_total_limit", "logging_steps", "eval_steps", "report_to", "peak_tflops")
+)  # fmt: skip
+PATH_KEYS = frozenset(("model", "tokenizer", "dataset", "val_dataset"))  # compared by file name only
+
+
+class CheckpointError(RuntimeError):
+    """Nothing was lost: the message says what failed and which checkpoint is still good."""
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """trainer_state.json: all that is needed besides tensors. Data order and schedule follow from `step`."""
+
+    step: int  # optimizer steps done
+    total_steps: int
+    consumed_tokens: int
+    data_fingerprint: str  # of the tokenised rows
+    best_loss: float | None
+    best_step: int | None
+    saved_at: float  # seconds since 1970
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def fsync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or absent."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text)
+    fsync_path(aside)
+    os.replace(aside, path)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _resume_state(params: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """name -> weight and moments, as whole tensors; what is missing (before the first step) is made, so that it can be read into."""
+    state: dict[str, Any] = {}
+    for name, p in params.items():
+        state[f"weight/{name}"] = p.detach()
+        if not p.requires_grad:
+            continue
+        moments = optimizer.state[p]
+        if not moments:
+            moments["step"] = torch.zeros((), dtype=torch.float32)
+            moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            state[f"{key}/{name}"] = moments[key]
+    return state
+
+
+def _link(link: Path, target: str) -> None:
+    aside = link.with_name(f".{link.name}.{os.getpid()}")
+    aside.unlink(missing_ok=True)
+    aside.symlink_to(target)
+    os.replace(aside, link)
+
+
+def save(
+    run_dir: Path, state: TrainerState, params: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, *,
+    write_model: Callable[[Path], None], args: dict[str, Any], save_total_limit: int | None, is_best: bool,
+) -> Path:  # fmt: skip
+    """Writes checkpoint-<step>, moves the links, removes what the limit leaves over. One process per run directory.
+
+    Args:
+        write_model: writes weights, config and tokenizer in Hugging Face's format into a directory.
+        args: args.json of the run.
+        save_total_limit: checkpoints kept in the run, at least this one and the best; None keeps all.
+    Raises: CheckpointError if the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    final = run_dir / f"checkpoint-{state.step}"
+    aside = run_dir / f"{SAVING}{final.name}@{socket.gethostname()}@{os.getpid()}"
+    try:
+        aside.mkdir()
+        write_model(aside)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to save in a single process": it is
+            dcp.save(_resume_state(params, optimizer), checkpoint_id=aside / RESUME, no_dist=True)
+        (aside / ARGS).write_text(json.dumps(args, indent=1, sort_keys=True))
+        (aside / STATE).write_text(json.dumps(vars(state), indent=1))
+        files = sorted(p for p in aside.rglob("*") if p.is_file())
+        for path in files:
+            fsync_path(path)
+        listing = {p.relative_to(aside).as_posix(): {"size": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        write_text(aside / MANIFEST, json.dumps({"files": listing}, indent=1))
+        for folder in (aside / RESUME, aside):
+            fsync_path(folder)
+        if final.exists():  # of a run that went on from an earlier step
+            _remove(final)
+        os.replace(aside, final)
+        fsync_path(run_dir)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        last = newest(run_dir)
+        raise CheckpointError(
+            f"checkpoint: step {state.step} could not be saved to {run_dir}: {error.strerror or error}; "
+            + (f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint")
+            + "; make room or choose another --output_dir, then --resume_from_checkpoint auto"
+        ) from error
+    _link(run_dir / "last", final.name)
+    if is_best:
+        _link(run_dir / "best", final.name)
+    top = run_dir.parent if re.match(r"v\d+-", run_dir.name) else None
+    if top:
+        _link(top / "last", f"{run_dir.name}/{final.name}")
+    if save_total_limit is not None:
+        keep = {final.name, os.readlink(run_dir / "best") if (run_dir / "best").is_symlink() else final.name}
+        others = [c for c in checkpoints(run_dir) if c.name not in keep]
+        for old in others[: max(0, len(others) + len(keep) - max(save_total_limit, len(keep)))]:
+            _remove(old)
+    return final
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes the name away first, so that a half-removed directory is never found."""
+    doomed = checkpoint.with_name(f"{SAVING}{checkpoint.name}@{socket.gethostname()}@{os.getpid()}.old")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
+
+
+# --- finding -----------------------------------------------------------------------------------------------------
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """checkpoint-* of a run by step."""
+    found = [p for p in run_dir.glob("checkpoint-*") if p.is_dir() and p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def invalid(checkpoint: Path, *, hashes: bool = True) -> str | None:
+    """Why the checkpoint cannot be trusted, or None. `hashes` reads every byte; without, sizes only."""
+    try:
+        listing = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing: the save did not finish"
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        return f"{MANIFEST} is not readable"
+    for name, want in listing.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != want["size"]:
+            return f"{name} has {path.stat().st_size} bytes, wants {want['size']}"
+        if hashes and _sha256(path) != want["sha256"]:
+            return f"{name} has another SHA-256 than the manifest"
+    return None
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    return TrainerState(**json.loads((checkpoint / STATE).read_text()))
+
+
+def newest(*run_dirs: Path) -> Path | None:
+    """The valid checkpoint that was saved last."""
+    valid = [c for d in run_dirs for c in checkpoints(d) if invalid(c, hashes=False) is None]
+    for candidate in sorted(valid, key=lambda c: read_state(c).saved_at, reverse=True):
+        if invalid(candidate) is None:
+            return candidate
+    return None
+
+
+def differing(saved: dict[str, Any], args: dict[str, Any]) -> list[str]:
+    """Keys that make two runs unequal, as "key: saved -> now"."""
+
+    def comparable(key: str, value: Any) -> Any:
+        if key in PATH_KEYS:
+            return [Path(v).name for v in value] if isinstance(value, list | tuple) else value and Path(value).name
+        return list(value) if isinstance(value, tuple) else value
+
+    names = sorted((set(saved) | set(args)) - FREE_KEYS)
+    return [
+        f"{k}: {saved.get(k)!r} -> {args.get(k)!r}" for k in names if comparable(k, saved.get(k)) != comparable(k, args.get(k))
+    ]
+
+
+def find_resumable(output_dir: Path, args: dict[str, Any]) -> tuple[Path | None, list[str]]:
+    """`auto`: the newest valid checkpoint under output_dir whose arguments are equal, and why newer ones were passed over."""
+    found = [c for d in run_dirs(output_dir) for c in checkpoints(d)]
+    notes: list[str] = []
+
+    def age(c: Path) -> float:
+        return (c / MANIFEST).stat().st_mtime if (c / MANIFEST).exists() else c.stat().st_mtime
+
+    for candidate in sorted(found, key=age, reverse=True):
+        why = invalid(candidate)
+        if why is None:
+            different = differing(json.loads((candidate / ARGS).read_text())["arguments"], args)
+            if not different:
+                return candidate, notes
+            why = "it belongs to another run: " + "; ".join(different)
+        notes.append(f"{candidate} is passed over: {why}")
+    return None, notes
+
+
+def load(checkpoint: Path, params: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainerState:
+    """Fills weights and moments in place. Raises CheckpointError for a checkpoint that is not whole or does not fit."""
+    why = invalid(checkpoint) if checkpoint.is_dir() else "there is no such directory"
+    if why is not None:
+        raise CheckpointError(f"checkpoint: {checkpoint} cannot be resumed: {why}")
+    state = _resume_state(params, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        saved = dcp.FileSystemReader(checkpoint / RESUME).read_metadata().state_dict_metadata
+        problems = [f"{name} is missing" for name in state.keys() - saved.keys()]
+        problems += [f"{name} is not of this model" for name in saved.keys() - state.keys()]
+        problems += [
+            f"{name} has {tuple(saved[name].size)}, wants {tuple(t.shape)}"
+            for name, t in state.items() if name in saved and tuple(saved[name].size) != tuple(t.shape)
+        ]  # fmt: skip
+        if problems:
+            raise CheckpointError(f"checkpoint: {checkpoint} does not fit the model: " + "; ".join(sorted(problems)[:20]))
+        with torch.no_grad():
+            dcp.load(state, checkpoint_id=checkpoint / RESUME, no_dist=True)
+    return read_state(checkpoint)
+
+
+# --- the run's directory -------------------------------------------------------------------------------------------
+
+
+def run_dirs(output_dir: Path) -> list[Path]:
+    """The runs under output_dir by version; itself too, for runs with add_version false."""
+    versions = [p for p in output_dir.glob("v*-*") if p.is_dir() and re.match(r"v\d+-", p.name)]
+    return [output_dir, *sorted(versions, key=lambda p: int(p.name[1:].split("-")[0]))]
+
+
+def new_run_dir(output_dir: Path, add_version: bool) -> Path:
+    """Makes and returns <output_dir>/v{N}-{YYYYmmdd-HHMMSS}; N counts the runs under output_dir."""
+    if not add_version:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        return output_dir
+    version = 1 + max((int(p.name[1:].split("-")[0]) for p in run_dirs(output_dir)[1:]), default=-1)
+    path = output_dir / f"v{version}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path.mkdir(parents=True)
+    return path
+
+
+def remove_leftovers(output_dir: Path) -> list[Path]:
+    """Unfinished saves whose process is gone. One that may still be writing (alive, or on another host) is left alone."""
+    removed = []
+    for directory in run_dirs(output_dir):
+        for path in directory.glob(f"{SAVING}*@*@*"):
+            _, host, owner = path.name.rsplit("@", 2)
+            pid = int(owner.split(".")[0])
+            if host == socket.gethostname() and (pid == os.getpid() or not Path(f"/proc/{pid}").exists()):
+                shutil.rmtree(path, ignore_errors=True)
+                removed.append(path)
+    return removed
+
+
+def check_room(output_dir: Path, bytes_needed: int) -> None:
+    """Before training: the directory can be written, and one checkpoint fits beside what is there."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / f".probe-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint: output_dir {output_dir} cannot be written: {error.strerror}; choose another --output_dir"
+        ) from error
+    free = shutil.disk_usage(output_dir).free
+    if free < bytes_needed:
+        raise CheckpointError(
+            f"checkpoint: output_dir {output_dir} has {free / 2**30:.2f} GiB free, a checkpoint takes "
+            f"{bytes_needed / 2**30:.2f} GiB; make room or choose another --output_dir"
+        )

@@ -1,0 +1,81 @@
+"""SIGTERM and Ctrl-C: a flag, an agreement of all ranks at the next step boundary, then one save and exit code 0.
+
+The signal only sets the flag. Each step starts with an all-reduce of the token counts, and the flag travels in it, so
+all ranks leave the loop after the same step. A rank that hangs would make the others wait for ever; Python runs signal
+handlers between bytecodes only, so a thread listens on the wake-up descriptor, which the C handler writes to even while
+the main thread waits inside a collective. No agreement within `grace` seconds plus the longest step seen: no save,
+exit code 14. A second signal more than two seconds after the first ends the process at once, without a save (earlier
+ones are the copy that a launcher forwards).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+EXIT_NO_AGREEMENT = 14
+FORWARDED = 2.0  # seconds
+
+
+class StopFlag:
+    """`requested` is what the loop reads and sends; `agreed()` ends the waiting. Main thread only; `close` restores."""
+
+    def __init__(self, grace: float = 5.0) -> None:
+        self.grace = grace
+        self.first: float | None = None
+        self.signal_name = ""
+        self.longest_step, self._boundary = 0.0, time.monotonic()
+        self._agreed = threading.Event()
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._handlers = {s: signal.signal(s, lambda *_: None) for s in SIGNALS}
+        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, name="stop", daemon=True).start()
+
+    @property
+    def requested(self) -> bool:
+        return self.first is not None
+
+    def _listen(self) -> None:
+        while data := self._reader.recv(16):
+            for number in data:
+                if number in SIGNALS:
+                    self._on_signal(signal.Signals(number).name)
+
+    def _on_signal(self, name: str) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.signal_name = now, name
+            threading.Thread(target=self._enforce, name="stop-enforce", daemon=True).start()
+        elif now - self.first > FORWARDED:
+            self._end(f"a second {name}: leaving at once, without a save")
+
+    def _enforce(self) -> None:
+        limit = self.grace + self.longest_step
+        if not self._agreed.wait(limit):
+            self._end(f"{self.signal_name}: the ranks did not agree on a step to stop at within {limit:.1f} s; nothing is saved")
+
+    def _end(self, reason: str) -> None:
+        print(f"swiftk: {reason}", file=sys.stderr, flush=True)
+        os._exit(EXIT_NO_AGREEMENT)
+
+    def at_boundary(self) -> int:
+        """1 if this rank wants to stop, for the step's all-reduce."""
+        now = time.monotonic()
+        self.longest_step, self._boundary = max(self.longest_step, now - self._boundary), now
+        return int(self.requested)
+
+    def agreed(self) -> None:
+        self._agreed.set()
+
+    def close(self) -> None:
+        self._agreed.set()
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._writer.close()
