@@ -43,14 +43,15 @@ class SingleComm:
         pass
 
 
+OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
 class DistComm:
     """A group of torch.distributed; `group` None is the whole world.
 
     `position` counts the collectives and names the last with its call site: parallel/watchdog.py publishes it, so that
     a time-out can say which rank is late and where it is.
     """
-
-    OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
@@ -63,7 +64,7 @@ class DistComm:
 
     def all_reduce_(self, tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
         self._enter("all_reduce")
-        dist.all_reduce(tensor, self.OPS[op], group=self.group)
+        dist.all_reduce(tensor, OPS[op], group=self.group)
         return tensor
 
     def all_gather_object(self, value: Any) -> list[Any]:
@@ -81,6 +82,9 @@ class DistComm:
     def barrier(self) -> None:
         self._enter("barrier")
         dist.barrier(group=self.group)
+
+
+THREAD_OPS: dict[str, Callable[..., torch.Tensor]] = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}
 
 
 class ThreadComm:
@@ -102,7 +106,7 @@ class ThreadComm:
         first, *rest = self._exchange(tensor.clone())
         result = first.clone()
         for other in rest:
-            {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[op](result, other, out=result)
+            result = THREAD_OPS[op](result, other)
         return tensor.copy_(result)
 
     def all_gather_object(self, value: Any) -> list[Any]:

@@ -17,15 +17,15 @@ from swiftk.parallel.spec import ParamSpec
 BUCKET_ELEMENTS = 8 << 20  # 32 MiB of fp32: large against gloo's latency, small against the gradients
 
 
-def _buckets(params: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    bucket: list[torch.nn.Parameter] = []
+def _buckets(grads: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    bucket: list[torch.Tensor] = []
     size = 0
-    for p in params:
-        if bucket and (size + p.numel() > BUCKET_ELEMENTS or p.dtype != bucket[0].dtype):
+    for g in grads:
+        if bucket and (size + g.numel() > BUCKET_ELEMENTS or g.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
-        bucket.append(p)
-        size += p.numel()
+        bucket.append(g)
+        size += g.numel()
     if bucket:
         yield bucket
 
@@ -36,14 +36,12 @@ def sum_gradients_(params: Mapping[str, torch.nn.Parameter], specs: Mapping[str,
     for p in trainable.values():
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    groups = sorted({specs[name].grad_axes for name in trainable})
-    for axes in groups:
-        members = [p for name, p in trainable.items() if specs[name].grad_axes == axes]
+    for axes in sorted({specs[name].grad_axes for name in trainable}):
         comms = [axis.comm for axis in (getattr(mesh, name) for name in axes) if axis.size > 1]
+        members = [p.grad for name, p in trainable.items() if specs[name].grad_axes == axes and p.grad is not None]
         for bucket in _buckets(members) if comms else ():
-            grads = [p.grad for p in bucket]
-            flat = torch.cat([g.reshape(-1) for g in grads])
+            flat = torch.cat([g.reshape(-1) for g in bucket])
             for comm in comms:
                 comm.all_reduce_(flat)
-            for g, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            for g, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 g.copy_(part.view_as(g))

@@ -21,7 +21,9 @@ EXIT_CODE = 13  # of a process that ends because another one died
 class Watchdog:
     """`store` must be a client of its own: a blocking call of another thread would hold up the heartbeat."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, *, timeout: float = 20.0, position: Callable[[], tuple[int, str]]) -> None:
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, *, position: Callable[[], tuple[int, str]], timeout: float = 20.0
+    ) -> None:
         self.store, self.rank, self.size, self.timeout, self.position = store, rank, size, timeout, position
         self.interval = min(2.0, timeout / 5)
         self.lock = threading.Lock()
@@ -89,6 +91,19 @@ class Watchdog:
             counts = {r: value.split("|", 2) for r, value in self._others().items() if value.count("|") == 2}
         late = [f"rank {r} is at collective {int(c)} ({w})" for r, (_, c, w) in counts.items() if int(c) != mine or w != where]
         return f"{error}; this rank is at collective {mine} ({where}); " + ("; ".join(late) or "all ranks are at the same one")
+
+    def reported(self, reason: str, seconds: float = 3.0) -> bool:
+        """Whether rank 0 fails for the same reason, so that one message is enough; waits for it up to `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self.rank and time.monotonic() < deadline:
+            with self.lock:
+                try:
+                    if self._others().get(0) == f"failed|{reason}":
+                        return True
+                except Exception:  # the store is gone, and rank 0 with it: it has said its own
+                    return False
+            time.sleep(0.1)
+        return False
 
     def failed(self, reason: str) -> None:
         """Leaves the reason for the others."""

@@ -17,13 +17,14 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from swiftk.config import DataConfig, OptimConfig, ParallelConfig, RunConfig
 
 CONFIGS = (RunConfig, DataConfig, OptimConfig, ParallelConfig)
+Part = TypeVar("Part", RunConfig, DataConfig, OptimConfig, ParallelConfig)
 
 ALIASES = {
     "model_id_or_path": "model", "model_id": "model", "model_name_or_path": "model", "sft_type": "tuner_type",
@@ -361,7 +362,8 @@ def check(values: dict[str, Any]) -> None:
 
 def parse(argv: list[str], *, world_size: int = 1, preset: str) -> Arguments:
     """argv without the program -> Arguments. `preset` is the YAML that stands for no arguments at all."""
-    known, warnings = keys(), []  # type: tuple[dict[str, Key], list[str]]
+    known = keys()
+    warnings: list[str] = []
     path, given = split_argv(argv)
     if not argv:
         path = preset
@@ -380,7 +382,11 @@ def parse(argv: list[str], *, world_size: int = 1, preset: str) -> Arguments:
             raise ArgumentError(f"gradient_accumulation_steps: has {steps}, wants at least 1")
         values["global_batch_size"] = steps * values.get("micro_batch_size", RunConfig.micro_batch_size) * world_size
     check(values)
+
+    def part(config: type[Part]) -> Part:
+        return config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})  # type: ignore[arg-type]
+
     return Arguments(
-        *(config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values}) for config in CONFIGS),
+        part(RunConfig), part(DataConfig), part(OptimConfig), part(ParallelConfig),
         yaml_path=path, warnings=tuple(warnings), preset=not argv,
     )  # fmt: skip

@@ -58,6 +58,12 @@ class TrainerState:
     saved_at: float  # seconds since 1970
 
 
+def new_state(step: int, total_steps: int, tokens: int, fingerprint: str, best: tuple[float, int] | None) -> TrainerState:
+    """`best`: held-out loss and its step."""
+    loss, at = best or (None, None)
+    return TrainerState(step, total_steps, tokens, fingerprint, loss, at, time.time())
+
+
 # --- writing -----------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +89,7 @@ def _sha256(path: Path) -> str:
 
 
 def _resume_state(params: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """name -> weight and moments, as whole tensors; what is missing (before the first step) is made, so that it can be read into."""
+    """name -> weight and moments, as whole tensors; moments are made where there are none yet, so that they can be read into."""
     state: dict[str, Any] = {}
     for name, p in params.items():
         state[f"weight/{name}"] = p.detach()
@@ -252,9 +258,10 @@ def load(checkpoint: Path, params: dict[str, torch.nn.Parameter], optimizer: tor
         saved = dcp.FileSystemReader(checkpoint / RESUME).read_metadata().state_dict_metadata
         problems = [f"{name} is missing" for name in state.keys() - saved.keys()]
         problems += [f"{name} is not of this model" for name in saved.keys() - state.keys()]
+        shapes = {name: tuple(getattr(entry, "size", ())) for name, entry in saved.items()}
         problems += [
-            f"{name} has {tuple(saved[name].size)}, wants {tuple(t.shape)}"
-            for name, t in state.items() if name in saved and tuple(saved[name].size) != tuple(t.shape)
+            f"{name} has {shapes[name]}, wants {tuple(t.shape)}"
+            for name, t in state.items() if name in shapes and shapes[name] != tuple(t.shape)
         ]  # fmt: skip
         if problems:
             raise CheckpointError(f"checkpoint: {checkpoint} does not fit the model: " + "; ".join(sorted(problems)[:20]))

@@ -13,9 +13,7 @@ import torch
 
 from swiftk.kernels.linear_cross_entropy import linear_cross_entropy
 from swiftk.model import Model
-from swiftk.trainer.packing import Batch
-
-IGNORE = -100
+from swiftk.trainer.packing import IGNORE_INDEX, Batch
 
 
 class TokenLoss(NamedTuple):
@@ -24,15 +22,11 @@ class TokenLoss(NamedTuple):
     per_token: torch.Tensor  # (total tokens,) detached, 0 where not trained
 
 
-def trained_tokens(batch: Batch) -> int:
-    return int((batch.labels != IGNORE).sum())
-
-
 def token_loss(model: Model, batch: Batch, *, isa: str = "auto") -> TokenLoss:
     """Sum of -log p(label) over the trained tokens of a packed batch, in nats."""
     hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens)
-    total, stats = linear_cross_entropy(hidden, model.head_weight, batch.labels, ignore_index=IGNORE, isa=isa)
-    trained = batch.labels != IGNORE
+    total, stats = linear_cross_entropy(hidden, model.head_weight, batch.labels, ignore_index=IGNORE_INDEX, isa=isa)
+    trained = batch.labels != IGNORE_INDEX
     per_token = torch.where(trained, stats.lse - stats.label_logit, 0.0)
     return TokenLoss(total, (stats.correct & trained).sum(), per_token)
 

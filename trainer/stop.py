@@ -3,9 +3,10 @@
 The signal only sets the flag. Each step starts with an all-reduce of the token counts, and the flag travels in it, so
 all ranks leave the loop after the same step. A rank that hangs would make the others wait for ever; Python runs signal
 handlers between bytecodes only, so a thread listens on the wake-up descriptor, which the C handler writes to even while
-the main thread waits inside a collective. No agreement within `grace` seconds plus the longest step seen: no save,
-exit code 14. A second signal more than two seconds after the first ends the process at once, without a save (earlier
-ones are the copy that a launcher forwards).
+the main thread waits inside a collective. No agreement within `grace` seconds plus the longest step seen (evaluation
+and saving do not count; a hang there ends by the collectives' own time-out): no save, exit code 14. A second signal
+more than two seconds after the first ends the process at once, without a save (an earlier one is the copy that a
+launcher forwards).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_NO_AGREEMENT = 14
@@ -30,6 +33,7 @@ class StopFlag:
         self.first: float | None = None
         self.signal_name = ""
         self.longest_step, self._boundary = 0.0, time.monotonic()
+        self._hurry = True
         self._agreed = threading.Event()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
@@ -56,9 +60,11 @@ class StopFlag:
             self._end(f"a second {name}: leaving at once, without a save")
 
     def _enforce(self) -> None:
-        limit = self.grace + self.longest_step
-        if not self._agreed.wait(limit):
-            self._end(f"{self.signal_name}: the ranks did not agree on a step to stop at within {limit:.1f} s; nothing is saved")
+        limit, waited, tick = self.grace + self.longest_step, 0.0, 0.1
+        while not self._agreed.wait(tick):
+            waited += tick if self._hurry else 0.0
+            if waited > limit:
+                self._end(f"{self.signal_name}: no agreement on a step to stop at within {limit:.1f} s; nothing is saved")
 
     def _end(self, reason: str) -> None:
         print(f"swiftk: {reason}", file=sys.stderr, flush=True)
@@ -69,6 +75,16 @@ class StopFlag:
         now = time.monotonic()
         self.longest_step, self._boundary = max(self.longest_step, now - self._boundary), now
         return int(self.requested)
+
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """Around evaluation and saving, which take what they take."""
+        begin, self._hurry = time.monotonic(), False
+        try:
+            yield
+        finally:
+            self._hurry = True
+            self._boundary += time.monotonic() - begin
 
     def agreed(self) -> None:
         self._agreed.set()

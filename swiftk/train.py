@@ -1,0 +1,113 @@
+"""`torchrun -m swiftk.train [config.yaml] --key value`: argv, YAML and environment -> configs -> a run; nothing else.
+
+Plain `python -m swiftk.train` is one process. No arguments at all is the preset swiftk/tiny.yaml. Exit codes: 0 finished,
+or stopped by a signal and saved; 2 bad arguments; 1 any other error; 13 another rank died; 14 a signal, nothing saved.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one tokenizer thread a rank; also no warning after a fork
+
+import torch
+import torch.distributed as dist
+
+from swiftk.arguments import ArgumentError, Arguments, help_text, parse
+from swiftk.parallel.comm import DistComm
+from swiftk.parallel.mesh import Mesh
+from swiftk.parallel.watchdog import Watchdog
+from swiftk.trainer.checkpoint import CheckpointError
+from swiftk.trainer.loop import NonFiniteError
+from swiftk.trainer.run import run
+from swiftk.trainer.stop import StopFlag
+
+PRESET = Path(__file__).with_name("tiny.yaml")
+
+
+def resume_command(argv: list[str], world_size: int, output_dir: str) -> str:
+    start = f"torchrun --nproc-per-node {world_size} -m swiftk.train" if world_size > 1 else "python -m swiftk.train"
+    rest: list[str] = []
+    skip = False
+    for token in argv or [str(PRESET)]:
+        if token.startswith("--"):
+            skip = token.split("=")[0].replace("-", "_") == "__resume_from_checkpoint"
+        if not skip:
+            rest.append(token)
+    return f"{start} {shlex.join(rest)} --resume_from_checkpoint auto"
+
+
+def connect(arguments: Arguments, rank: int, world_size: int) -> tuple[Mesh, Watchdog | None]:
+    """The process group from torchrun's environment, and the thread that names a rank that died."""
+    if world_size == 1:
+        return Mesh.single(), None
+    timeout = timedelta(seconds=arguments.parallel.ddp_timeout)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_master = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    run_id = f"swiftk/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = dist.TCPStore(host, port, world_size, is_master, timeout=timeout)
+    group = dist.PrefixStore(f"{run_id}/group", store)
+    dist.init_process_group("gloo", store=group, rank=rank, world_size=world_size, timeout=timeout)
+    comm = DistComm()
+    beats = dist.PrefixStore(f"{run_id}/watchdog", dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=10)))
+    watchdog = Watchdog(beats, rank, world_size, timeout=arguments.parallel.heartbeat_timeout, position=lambda: comm.position)
+    return Mesh.from_comm(comm), watchdog
+
+
+def main(argv: list[str]) -> int:
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if "--help" in argv or "-h" in argv:
+        print(help_text() if rank == 0 else "", end="\n" if rank == 0 else "")
+        return 0
+    try:
+        arguments = parse(argv, world_size=world_size, preset=str(PRESET))
+    except ArgumentError as error:
+        if rank == 0:
+            print(f"swiftk.train: {error}", file=sys.stderr)
+        return 2
+    if rank == 0:
+        for warning in arguments.warnings:
+            print(f"swiftk.train: {warning}", file=sys.stderr)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "OMP_NUM_THREADS" not in os.environ or local_size > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+
+    stop = StopFlag()
+    mesh, watchdog = connect(arguments, rank, world_size)
+    try:
+        run(
+            arguments.run, arguments.data, arguments.optim, mesh, stop, arguments=arguments.flat(),
+            yaml_path=arguments.yaml_path, resume_command=resume_command(argv, world_size, str(arguments.run.output_dir)),
+        )  # fmt: skip
+    except (ValueError, CheckpointError, NonFiniteError, ImportError) as error:
+        stop.agreed()
+        reason = str(error).split("\n")[0]
+        if watchdog:
+            watchdog.failed(reason)
+        if not (watchdog and watchdog.reported(reason)):
+            print(f"swiftk.train: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        return 1
+    except (RuntimeError, ConnectionError) as error:
+        if not watchdog:
+            raise
+        reason = watchdog.after_failed_collective(error)
+        watchdog.failed(f"its collective failed ({reason})")
+        watchdog.end(reason)
+    except BaseException as error:
+        if watchdog:
+            watchdog.failed(repr(error))
+        raise
+    if watchdog:
+        watchdog.close()  # before the barrier: then nobody looks for a rank 0 that has ended
+        mesh.world.comm.barrier()
+        dist.destroy_process_group()
+    stop.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

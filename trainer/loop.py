@@ -1,0 +1,188 @@
+"""The loop: plan -> micro-batches -> loss sum / global token count -> backward -> sum over ranks -> clip -> AdamW -> log,
+evaluate, save. Everything a step does is in `train` below, in the order in which it happens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swiftk.config import OptimConfig, RunConfig
+from swiftk.model import Model, save_checkpoint
+from swiftk.parallel.data import sum_gradients_
+from swiftk.parallel.mesh import Mesh
+from swiftk.trainer import checkpoint
+from swiftk.trainer.data import Dataset
+from swiftk.trainer.evaluation import Evaluation, evaluate
+from swiftk.trainer.loss import TokenLoss, non_finite_documents, token_loss
+from swiftk.trainer.metrics import Reporter, Window, matmul_parameters, step_flops
+from swiftk.trainer.optimizer import clip_gradients_, gradient_norm, learning_rate, set_learning_rate
+from swiftk.trainer.packing import Batch, BatchPlan, collate
+from swiftk.trainer.stop import StopFlag
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient is NaN or infinite; weights and the last checkpoint are untouched."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    dataset: Dataset
+    num_bytes: int
+    plan: BatchPlan  # of one step
+
+
+@dataclass
+class Training:
+    """The parts of a run, put together by run.py. The last four change while it trains."""
+
+    config: RunConfig
+    optim: OptimConfig
+    mesh: Mesh
+    model: Model
+    optimizer: torch.optim.AdamW
+    tokenizer: Any
+    dataset: Dataset
+    plan: BatchPlan
+    held_out: HeldOut | None
+    run_dir: Path
+    args: dict[str, Any]  # args.json
+    fingerprint: str  # of the data
+    total_steps: int
+    peak: float | None  # FLOP/s of all ranks
+    reporter: Reporter
+    stop: StopFlag
+    step: int = 0  # optimizer steps done
+    consumed_tokens: int = 0
+    best: tuple[float, int] | None = None  # held-out nats per token, step
+    saved_step: int = -1
+
+
+def train(t: Training) -> bool:
+    """Trains from t.step to t.total_steps. True: finished; False: stopped by a signal. Either way the last step is saved."""
+    params, comm, config = dict(t.model.named_parameters()), t.mesh.dp.comm, t.config
+    shape = t.model.config
+    matmul_params = matmul_parameters(shape, sum(p.numel() for p in params.values()))
+    eval_steps = config.eval_steps if config.eval_steps is not None else config.save_steps
+    evaluation = evaluate_and_report(t) if t.step == 0 else None
+    window = Window()
+    while t.step < t.total_steps:
+        # what the step holds, over all ranks, known before the first backward; the wish to stop travels along
+        micro_batches = t.plan.step(t.step)
+        batches = [collate(t.dataset, micro_batch) for micro_batch in micro_batches]
+        counts = torch.tensor([*count(batches), sum(map(len, micro_batches)), t.stop.at_boundary()])
+        trained, tokens, squares, packs, stop = comm.all_reduce_(counts).tolist()
+        if stop:
+            t.stop.agreed()
+            break
+
+        losses: list[TokenLoss] = []
+        for batch in batches:
+            loss = token_loss(t.model, batch, isa=config.isa)
+            (loss.total / max(1, trained)).backward()
+            losses.append(TokenLoss(loss.total.detach(), loss.correct, loss.per_token))
+        sum_gradients_(params, t.model.specs, t.mesh)
+        sums = [sum(float(loss.total) for loss in losses), sum(float(loss.correct) for loss in losses)]
+        loss_sum, correct = comm.all_reduce_(torch.tensor(sums, dtype=torch.float64)).tolist()
+
+        norm = gradient_norm(params.values())
+        if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+            raise NonFiniteError(describe_non_finite(t, batches, losses, loss_sum / max(1, trained), norm))
+        clip_gradients_(params.values(), norm, t.optim.max_grad_norm)
+        rate = learning_rate(t.step, t.total_steps, t.optim)
+        set_learning_rate(t.optimizer, rate)
+        if trained:  # a step without a trained token changes nothing, not even by momentum or decay
+            t.optimizer.step()
+        t.optimizer.zero_grad(set_to_none=True)
+        t.step, t.consumed_tokens = t.step + 1, t.consumed_tokens + tokens
+
+        window.add(loss_sum, correct, trained, tokens, squares, packs * (t.plan.packing_length or 0))
+        t.reporter.step(t.step, f"loss {loss_sum / max(1, trained):.4f}")
+        last = t.step == t.total_steps
+        if t.step % config.logging_steps == 0 or last:
+            flops = step_flops(shape, matmul_params, window.tokens, window.squares)
+            epoch = t.step / t.plan.steps_per_epoch(0)
+            t.reporter.training(t.step, window, grad_norm=norm, rate=rate, epoch=epoch, peak=t.peak, flops=flops)
+            window = Window()
+        evaluation = evaluate_and_report(t, window) if last or (eval_steps and t.step % eval_steps == 0) else None
+        if last or (config.save_steps and t.step % config.save_steps == 0):
+            save(t, evaluation, window)
+    finished = t.step == t.total_steps
+    t.stop.agreed()  # from here on the run ends by itself
+    if t.saved_step != t.step:
+        save(t, evaluation, window)
+    return finished
+
+
+def count(batches: list[Batch]) -> tuple[int, int, int]:
+    """Trained tokens, tokens, and the sum over documents of length^2."""
+    squares = sum(int((b.cu_seqlens[1:] - b.cu_seqlens[:-1]).long().square().sum()) for b in batches)
+    return sum(b.num_loss_tokens for b in batches), sum(len(b.input_ids) for b in batches), squares
+
+
+def evaluate_and_report(t: Training, window: Window | None = None) -> Evaluation | None:
+    if t.held_out is None:
+        return None
+    with t.stop.unhurried(), (window or Window()).pause():
+        found = evaluate(t.model, t.held_out.dataset, t.held_out.num_bytes, t.held_out.plan, t.mesh, isa=t.config.isa)
+    t.reporter.record(t.step, {
+        "eval_loss": found.nats_per_token, "eval_nats_per_byte": found.nats_per_byte, "eval_token_acc": found.token_acc,
+        "global_step/max_steps": f"{t.step}/{t.total_steps}",
+    })  # fmt: skip
+    return found
+
+
+def save(t: Training, evaluation: Evaluation | None, window: Window) -> None:
+    """checkpoint-<step>, written by rank 0; the others wait, and raise too if it could not be written.
+
+    `best` is the checkpoint with the lowest held-out loss among those that were saved at a step with an evaluation.
+    """
+    is_best = evaluation is not None and (t.best is None or evaluation.nats_per_token < t.best[0])
+    if evaluation is not None and is_best:
+        t.best = (evaluation.nats_per_token, t.step)
+
+    def write_model(directory: Path) -> None:
+        save_checkpoint(t.model, directory)
+        t.tokenizer.save_pretrained(directory)
+
+    error: str | None = None
+    with t.stop.unhurried(), window.pause():
+        if t.mesh.world.rank == 0:
+            state = checkpoint.new_state(t.step, t.total_steps, t.consumed_tokens, t.fingerprint, t.best)
+            try:
+                path = checkpoint.save(
+                    t.run_dir, state, dict(t.model.named_parameters()), t.optimizer, write_model=write_model, args=t.args,
+                    save_total_limit=t.config.save_total_limit, is_best=is_best,
+                )  # fmt: skip
+                t.reporter.say(f"saved {path}")
+            except checkpoint.CheckpointError as failure:
+                error = str(failure)
+        error = t.mesh.world.comm.broadcast_object(error)
+    if error is not None:
+        raise checkpoint.CheckpointError(error)
+    t.saved_step = t.step
+
+
+def describe_non_finite(t: Training, batches: list[Batch], losses: list[TokenLoss], loss: float, norm: float) -> str:
+    """Writes this rank's rows of the step to a file and returns the message; `t.step` is the step that failed, from 0."""
+    path = t.run_dir / f"non-finite-step-{t.step + 1}-rank-{t.mesh.world.rank}.jsonl"
+    with open(path, "w") as file:
+        for batch, found in zip(batches, losses, strict=True):
+            guilty, bounds = set(non_finite_documents(batch, found.per_token)), batch.cu_seqlens.tolist()
+            for i, row in enumerate(batch.rows):
+                ids = batch.input_ids[bounds[i] : bounds[i + 1]].tolist()
+                file.write(json.dumps({
+                    "row": row, "source": t.dataset.rows[row].source, "finite": i not in guilty,
+                    "loss": repr(float(found.per_token[bounds[i] : bounds[i + 1]].sum())), "text": t.tokenizer.decode(ids), "input_ids": ids,
+                }) + "\n")  # fmt: skip
+    last = checkpoint.newest(t.run_dir)
+    return (
+        f"step {t.step + 1}: the loss is {loss}, the gradient norm {norm}; the weights were not updated. "
+        f"The rows of the step are in {t.run_dir}/non-finite-step-{t.step + 1}-rank-*.jsonl; "
+        f"the last good checkpoint is {last or 'none yet'}. Try a lower learning_rate, or --torch_dtype float32"
+    )

@@ -1,0 +1,281 @@
+"""Puts a run together: tokenizer, rows, model, optimizer, the place on disk, the checkpoint to go on from; then trains it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from swiftk import __version__
+from swiftk.config import DataConfig, OptimConfig, RunConfig
+from swiftk.kernels._native import native
+from swiftk.model import Model, ModelConfig, load_checkpoint
+from swiftk.parallel.mesh import Mesh
+from swiftk.trainer import checkpoint
+from swiftk.trainer.data import Dataset, load_splits, token_statistics, trained_bytes
+from swiftk.trainer.evaluation import greedy
+from swiftk.trainer.loop import HeldOut, Training, train
+from swiftk.trainer.metrics import Reporter, measure_peak
+from swiftk.trainer.optimizer import build_optimizer
+from swiftk.trainer.packing import BatchPlan
+from swiftk.trainer.preview import preview
+from swiftk.trainer.rows import read_rows
+from swiftk.trainer.stop import StopFlag
+from swiftk.trainer.tokenizer import check_vocab, load_tokenizer, train_tokenizer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+NEW_TOKENS = 64  # of the completion printed at the end
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """torch_dtype, or bf16 where the CPU multiplies it (the kernels' avx512 path means AVX-512 with BF16), else fp32."""
+    if config.torch_dtype is not None:
+        return DTYPES[config.torch_dtype]
+    return torch.bfloat16 if isa_path(config.isa) == "avx512" else torch.float32
+
+
+def isa_path(isa: str) -> str:
+    """What `isa` means on this machine; ValueError if it has no such instructions."""
+    native().resolve_isa(isa)
+    return native().best_isa() if isa == "auto" else isa
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Of all tokens and masks in order: equal data on every rank and on resume."""
+    digest = hashlib.sha256()
+    for row in dataset.rows:
+        digest.update(len(row.input_ids).to_bytes(8, "little"))
+        digest.update(row.input_ids.tobytes())
+        digest.update(row.loss_mask.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def plan_of(
+    dataset: Dataset, config: RunConfig, data: DataConfig, max_length: int, mesh: Mesh, *, whole: bool = False
+) -> BatchPlan:
+    """`whole`: one step that holds every row, for evaluation."""
+    return BatchPlan(
+        dataset.lengths, packing_length=(data.packing_length or max_length) if data.packing else None,
+        micro_batch_size=config.micro_batch_size, global_batch_size=len(dataset.rows) if whole else config.global_batch_size,
+        seed=data.seed, dp_rank=mesh.dp.rank, dp_size=mesh.dp.size,
+    )  # fmt: skip
+
+
+def output_dir_of(config: RunConfig, yaml_path: str | None) -> Path:
+    name = Path(config.model).name if config.model else Path(yaml_path).stem if yaml_path else "model"
+    return Path(config.output_dir or f"output/{name}")
+
+
+def build_tokenizer(config: RunConfig, data: DataConfig, vocab_size: int, resume: Path | None, mesh: Mesh) -> Any:
+    """The checkpoint's on resume, else a directory's, else trained on the dataset by rank 0 and sent to the others."""
+    if config.tokenizer != "train" or resume is not None:
+        return load_tokenizer(str(resume or config.tokenizer or config.model))
+    made: Any = None
+    if mesh.world.rank == 0:
+        try:
+            rows, _ = read_rows(data)
+            made = train_tokenizer((str(m["content"]) for row in rows for m in row.messages), vocab_size)
+        except ValueError as error:
+            made = error
+    made = mesh.world.comm.broadcast_object(made)
+    if isinstance(made, ValueError):
+        raise made
+    return made
+
+
+def unusual(checkpoint_dir: Path, args: dict[str, Any]) -> list[str]:
+    saved = json.loads((checkpoint_dir / checkpoint.ARGS).read_text())["arguments"]
+    return checkpoint.differing(saved, args)
+
+
+def find_resume(config: RunConfig, output_dir: Path, args: dict[str, Any], mesh: Mesh, say: list[str]) -> Path | None:
+    """The checkpoint to go on from, the same on all ranks: rank 0 looks, and removes what killed saves left behind."""
+    found: Path | None = None
+    problem: str | None = None
+    if mesh.world.rank == 0:
+        say += [f"removed {path}, left by a save that did not finish" for path in checkpoint.remove_leftovers(output_dir)]
+        if config.resume_from_checkpoint == "auto":
+            found, notes = checkpoint.find_resumable(output_dir, args)
+            say += [*notes, f"resuming from {found}" if found else f"nothing to resume under {output_dir}: starting anew"]
+        elif config.resume_from_checkpoint:
+            found = Path(config.resume_from_checkpoint)
+            why = checkpoint.invalid(found) if found.is_dir() else "there is no such directory"
+            if why:
+                problem = f"resume_from_checkpoint: {found} cannot be resumed: {why}; `auto` takes the newest valid one"
+            else:
+                say += [f"resuming from {found}", *(f"careful: the run differs in {d}" for d in unusual(found, args))]
+    found, problem = mesh.world.comm.broadcast_object((found, problem))
+    if problem:
+        raise checkpoint.CheckpointError(problem)
+    return found.resolve() if found else None
+
+
+def prepare_run_dir(config: RunConfig, output_dir: Path, resume: Path | None, arguments: dict[str, Any], yaml_path: str | None,
+                    bytes_needed: int, mesh: Mesh) -> Path:  # fmt: skip
+    """A resumed run goes on in the directory of its checkpoint; a new one gets its own."""
+    run_dir: Path | None = None
+    problem: str | None = None
+    if mesh.world.rank == 0:
+        try:
+            checkpoint.check_room(output_dir, bytes_needed)
+            run_dir = resume.parent if resume else checkpoint.new_run_dir(output_dir, config.add_version)
+            checkpoint.write_text(run_dir / checkpoint.ARGS, json.dumps(arguments, indent=1, sort_keys=True))
+            if yaml_path:
+                shutil.copyfile(yaml_path, run_dir / Path(yaml_path).name)
+        except checkpoint.CheckpointError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"output_dir: {output_dir} cannot be written: {error.strerror}; choose another --output_dir"
+    run_dir, problem = mesh.world.comm.broadcast_object((run_dir, problem))
+    if problem or run_dir is None:
+        raise checkpoint.CheckpointError(str(problem))
+    return run_dir
+
+
+def run(
+    config: RunConfig, data: DataConfig, optim: OptimConfig, mesh: Mesh, stop: StopFlag, *,
+    arguments: dict[str, Any], yaml_path: str | None, resume_command: str,
+) -> bool:  # fmt: skip
+    """One training run, on every rank.
+
+    Args:
+        arguments: every key with its value, for args.json and for the comparison on resume.
+        yaml_path: the configuration file, copied to the output.
+        resume_command: printed when a signal stops the run.
+    Returns: True if the run finished, or printed its preview; False if a signal stopped it (saved).
+    Raises: ValueError for bad input, CheckpointError, NonFiniteError.
+    """
+    quiet = mesh.world.rank != 0
+    notes: list[str] = []
+    output_dir = output_dir_of(config, yaml_path)
+    resume = find_resume(config, output_dir, arguments, mesh, notes)
+    if not quiet:
+        print(*notes, sep="\n", end="\n" if notes else "", flush=True)
+
+    shape = ModelConfig.from_hf(config.model or config.model_config)
+    tokenizer = build_tokenizer(config, data, shape.vocab_size, resume, mesh)
+    check_vocab(tokenizer, shape.vocab_size)
+    max_length = min(data.max_length or shape.max_position_embeddings, shape.max_position_embeddings)
+    dataset, held_out = load_splits(data, tokenizer, max_length)
+    plan = plan_of(dataset, config, data, max_length, mesh)
+    if config.preview:
+        if not quiet:
+            preview(dataset, plan, tokenizer, config.preview)
+        return True
+    mark = fingerprint(dataset)
+    if len(set(mesh.world.comm.all_gather_object(mark))) > 1:
+        raise ValueError("dataset: the ranks read different rows; every rank needs the same files")
+
+    dtype = compute_dtype(config)
+    model = Model(
+        shape, mesh, compute_dtype=dtype, seed=None if config.model else config.seed, isa=config.isa,
+        recompute=config.recompute_granularity,
+    )  # fmt: skip
+    if config.model and resume is None:
+        load_checkpoint(model, config.model)
+    params = dict(model.named_parameters())
+    optimizer = build_optimizer(params, optim)
+    total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * plan.steps_per_epoch(0))
+
+    bytes_needed = sum(p.numel() * (dtype.itemsize + 3 * p.element_size()) for p in params.values()) + (16 << 20)
+    facts = {
+        "arguments": arguments, "version": __version__, "torch": torch.__version__, "isa": isa_path(config.isa),
+        "compute_dtype": str(dtype).removeprefix("torch."), "data_parallel_size": mesh.dp.size,
+        "threads_per_rank": torch.get_num_threads(), "total_steps": total_steps,
+    }  # fmt: skip
+    run_dir = prepare_run_dir(config, output_dir, resume, facts, yaml_path, bytes_needed, mesh)
+    peak = config.peak_tflops * 1e12 * mesh.world.size if config.peak_tflops else measure_peak(dtype, mesh.world.comm)
+
+    t = Training(
+        config=config, optim=optim, mesh=mesh, model=model, optimizer=optimizer, tokenizer=tokenizer, dataset=dataset,
+        plan=plan, held_out=None, run_dir=run_dir, args=facts, fingerprint=mark, total_steps=total_steps, peak=peak, stop=stop,
+        reporter=Reporter(run_dir, total_steps, config.report_to, quiet=quiet, start_step=0),
+    )  # fmt: skip
+    if held_out is not None:
+        whole = plan_of(held_out, config, data, max_length, mesh, whole=True)
+        t.held_out = HeldOut(held_out, trained_bytes(held_out.rows, tokenizer), whole)
+    try:
+        if resume is not None:
+            restore(t, checkpoint.load(resume, params, optimizer))
+        introduce(t)
+        if not quiet:
+            preview(dataset, plan, tokenizer, 1)
+        finished = train(t)
+        if not finished:
+            name = stop.signal_name or "a signal to another rank"
+            t.reporter.say(f"stopped by {name} after step {t.step}, saved; go on with:\n  {resume_command}")
+        elif not quiet:
+            closing_words(t)
+    finally:
+        t.reporter.close()
+    return finished
+
+
+def introduce(t: Training) -> None:
+    """What is about to be trained, on what, where to."""
+    say, params, facts = t.reporter.say, list(t.model.parameters()), t.args
+    size, trainable = sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)
+    master = "fp64" if t.model.compute_dtype == torch.float64 else "fp32"
+    say(f"model       {t.model.config.model_type}, {size / 1e6:.2f} M parameters, {trainable / size:.0%} trainable ({master})")
+    how = "given" if t.config.peak_tflops else "measured with a matrix product"
+    threads = f"{t.mesh.dp.size} data-parallel ranks x {facts['threads_per_rank']} threads"
+    say(f"compute     {facts['compute_dtype']}, {facts['isa']}, {threads}, {(t.peak or 0) / 1e9:.0f} GFLOP/s {how}")
+    say("rows        " + ", ".join(f"{name} {count}" for name, count in t.dataset.report.items()))
+    lengths = token_statistics(t.dataset.lengths)
+    shown = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in lengths.items())
+    say(f"tokens/row  {', '.join(shown)}; packs are {t.plan.efficiency:.1%} full")
+    if t.held_out is not None:
+        report = t.held_out.dataset.report
+        say(f"held out    rows {report['rows']}, trained_tokens {report['trained_tokens']}, {t.held_out.num_bytes} bytes of text")
+    unit = "rows" if t.plan.packing_length is None else f"packs of {t.plan.packing_length} tokens"
+    epochs = t.total_steps / t.plan.steps_per_epoch(0)
+    say(f"steps       {t.total_steps} of {t.config.global_batch_size} {unit} ({epochs:.2f} epochs), from step {t.step}")
+    say(f"output      {t.run_dir}")
+
+
+def restore(t: Training, state: checkpoint.TrainerState) -> None:
+    """The counters of a checkpoint whose tensors are loaded."""
+    if state.data_fingerprint != t.fingerprint:
+        raise checkpoint.CheckpointError(
+            "resume_from_checkpoint: the dataset's tokens are not those of the checkpoint; the data order would be another. "
+            "Start anew from its weights with --model <checkpoint>"
+        )
+    if state.total_steps != t.total_steps and t.optim.lr_decay_steps is None and t.optim.lr_scheduler_type != "constant":
+        t.reporter.say(
+            f"careful: the run had {state.total_steps} steps and has {t.total_steps} now, so the learning rate follows another "
+            "curve from here on; --lr_decay_steps fixes it"
+        )
+    t.step, t.consumed_tokens, t.saved_step = state.step, state.consumed_tokens, state.step
+    t.reporter.start_step = state.step
+    if state.best_loss is not None and state.best_step is not None:
+        t.best = (state.best_loss, state.best_step)
+
+
+def closing_words(t: Training) -> None:
+    """One greedy completion of an unseen row, and what to do next."""
+    say = t.reporter.say
+    if t.held_out is not None:
+        row = t.held_out.dataset.rows[0]
+        ids, trained = row.input_ids.tolist(), row.loss_mask.tolist()
+        stops = {t.tokenizer.eos_token_id}
+        if all(trained[1:]):  # pre-training text: go on from its first quarter
+            start = max(1, len(ids) // 4)
+        else:
+            start = trained.index(True, 1)
+            stops.add(ids[max(i for i, on in enumerate(trained) if on)])  # the end of the turn
+        found = greedy(t.model, torch.tensor(ids[:start]), stops, NEW_TOKENS)
+        say("\na row that was held out, completed greedily:")
+        say("  " + t.tokenizer.decode(ids[:start]).strip().replace("\n", "\n  "))
+        say("  > " + t.tokenizer.decode(found).replace("\n", "\n  > "))
+    last = t.run_dir / "last"
+    say(f"\nthe checkpoint is {last}; transformers loads it: AutoModelForCausalLM.from_pretrained({str(last)!r})")
+    say("next, train it on your own rows:")
+    say(f"  torchrun --nproc-per-node 2 -m swiftk.train --model {last} --dataset yours.jsonl --split_dataset_ratio 0.05")
+    say("look at the curves:")
+    say(f"  tensorboard --logdir {t.run_dir / 'runs'}")
+    say("see which tokens are trained: add --preview 2. All keys: python -m swiftk.train --help")
