@@ -29,7 +29,8 @@ from swiftk.trainer.stop import StopFlag
 PRESET = Path(__file__).with_name("tiny.yaml")
 
 
-def resume_command(argv: list[str], world_size: int, output_dir: str) -> str:
+def resume_command(argv: list[str], world_size: int) -> str:
+    """What goes on where this run stops; the layout may be another one."""
     start = f"torchrun --nproc-per-node {world_size} -m swiftk.train" if world_size > 1 else "python -m swiftk.train"
     rest: list[str] = []
     skip = False
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> int:
     try:
         run(
             arguments.run, arguments.data, arguments.optim, mesh, stop, arguments=arguments.flat(),
-            yaml_path=arguments.yaml_path, resume_command=resume_command(argv, world_size, str(arguments.run.output_dir)),
+            yaml_path=arguments.yaml_path, resume_command=resume_command(argv, world_size),
         )  # fmt: skip
     except (ValueError, CheckpointError, NonFiniteError, ImportError) as error:
         stop.agreed()

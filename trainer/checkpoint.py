@@ -89,7 +89,7 @@ def _sha256(path: Path) -> str:
 
 
 def _resume_state(params: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """name -> weight and moments, as whole tensors; moments are made where there are none yet, so that they can be read into."""
+    """name -> weight and moments, as whole tensors; moments are made where there are none yet, to be read into."""
     state: dict[str, Any] = {}
     for name, p in params.items():
         state[f"weight/{name}"] = p.detach()

@@ -176,10 +176,12 @@ def describe_non_finite(t: Training, batches: list[Batch], losses: list[TokenLos
             guilty, bounds = set(non_finite_documents(batch, found.per_token)), batch.cu_seqlens.tolist()
             for i, row in enumerate(batch.rows):
                 ids = batch.input_ids[bounds[i] : bounds[i + 1]].tolist()
-                file.write(json.dumps({
+                line = {
                     "row": row, "source": t.dataset.rows[row].source, "finite": i not in guilty,
-                    "loss": repr(float(found.per_token[bounds[i] : bounds[i + 1]].sum())), "text": t.tokenizer.decode(ids), "input_ids": ids,
-                }) + "\n")  # fmt: skip
+                    "loss": repr(float(found.per_token[bounds[i] : bounds[i + 1]].sum())),
+                    "text": t.tokenizer.decode(ids), "input_ids": ids,
+                }  # fmt: skip
+                file.write(json.dumps(line) + "\n")
     last = checkpoint.newest(t.run_dir)
     return (
         f"step {t.step + 1}: the loss is {loss}, the gradient norm {norm}; the weights were not updated. "

@@ -98,9 +98,10 @@ class Reporter:
     """Writes for one rank; `quiet` ones (all but rank 0) write nothing. `out` is a terminal or a plain stream."""
 
     def __init__(
-        self, run_dir: Path, total_steps: int, report_to: tuple[str, ...], *, quiet: bool, start_step: int, out: TextIO = sys.stdout
-    ) -> None:
-        self.quiet, self.out, self.total_steps, self.start_step = quiet, out, total_steps, start_step
+        self, run_dir: Path, total_steps: int, report_to: tuple[str, ...], *, quiet: bool, start_step: int = 0,
+        out: TextIO | None = None,
+    ) -> None:  # fmt: skip
+        self.quiet, self.out, self.total_steps, self.start_step = quiet, out or sys.stdout, total_steps, start_step
         self.begin = time.monotonic()
         self.lines: TextIO | None = None
         self.board: Any = None
@@ -116,13 +117,15 @@ class Reporter:
                     f"report_to: tensorboard cannot be imported ({error}); pip install tensorboard, or --report_to none"
                 ) from error
             self.board = SummaryWriter(str(run_dir / "runs"), purge_step=start_step or None)
-        if out.isatty():
+        if self.out.isatty():
             from rich import progress
             from rich.console import Console
 
-            columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
-                       progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[note]}"))  # fmt: skip
-            self.bar = progress.Progress(*columns, console=Console(file=out))
+            columns = (
+                progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
+                progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[note]}"),
+            )  # fmt: skip
+            self.bar = progress.Progress(*columns, console=Console(file=self.out))
             self.task = self.bar.add_task("train", total=total_steps, completed=start_step, note="")
             self.bar.start()
 

@@ -231,7 +231,8 @@ def introduce(t: Training) -> None:
     say(f"tokens/row  {', '.join(shown)}; packs are {t.plan.efficiency:.1%} full")
     if t.held_out is not None:
         report = t.held_out.dataset.report
-        say(f"held out    rows {report['rows']}, trained_tokens {report['trained_tokens']}, {t.held_out.num_bytes} bytes of text")
+        text = f"{t.held_out.num_bytes} bytes of text"
+        say(f"held out    rows {report['rows']}, trained_tokens {report['trained_tokens']}, {text}")
     unit = "rows" if t.plan.packing_length is None else f"packs of {t.plan.packing_length} tokens"
     epochs = t.total_steps / t.plan.steps_per_epoch(0)
     say(f"steps       {t.total_steps} of {t.config.global_batch_size} {unit} ({epochs:.2f} epochs), from step {t.step}")

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_NO_AGREEMENT = 14
@@ -26,15 +27,20 @@ FORWARDED = 2.0  # seconds
 
 
 class StopFlag:
-    """`requested` is what the loop reads and sends; `agreed()` ends the waiting. Main thread only; `close` restores."""
+    """`agreed()` ends the waiting; `close` restores the handlers. `listen` False (not in the main thread): no signals."""
 
-    def __init__(self, grace: float = 5.0) -> None:
+    def __init__(self, grace: float = 5.0, *, listen: bool = True) -> None:
         self.grace = grace
         self.first: float | None = None
         self.signal_name = ""
         self.longest_step, self._boundary = 0.0, time.monotonic()
         self._hurry = True
         self._agreed = threading.Event()
+        self._handlers: dict[signal.Signals, Any] = {}
+        if listen:
+            self._install()
+
+    def _install(self) -> None:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._handlers = {s: signal.signal(s, lambda *_: None) for s in SIGNALS}
@@ -91,7 +97,8 @@ class StopFlag:
 
     def close(self) -> None:
         self._agreed.set()
-        signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._writer.close()
+        if self._handlers:
+            signal.set_wakeup_fd(self._wakeup)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+            self._writer.close()

@@ -1,0 +1,155 @@
+"""Arguments: YAML and command line to configs; every spelling, every refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from swiftk.arguments import ALIASES, NOT_YET, ArgumentError, help_text, keys, parse
+from swiftk.train import PRESET, resume_command
+
+MODEL = ["--model", "m", "--dataset", "a.jsonl"]
+
+
+def read(*argv, world_size=1):
+    return parse([*MODEL, *argv], world_size=world_size, preset=str(PRESET))
+
+
+def test_command_line_types():
+    a = read("--val_dataset", "b.jsonl", "c.jsonl#5", "--packing", "true", "--columns", '{"q": "query"}', "--learning_rate", "1e-4",
+             "--max_steps", "-1", "--system=be kind", "--max_length", "null")  # fmt: skip
+    assert a.data.dataset == ("a.jsonl",) and a.data.val_dataset == ("b.jsonl", "c.jsonl#5")
+    assert a.data.packing is True and a.data.columns == {"q": "query"} and a.data.system == "be kind"
+    assert a.optim.learning_rate == 1e-4 and a.run.max_steps == -1 and a.data.max_length is None
+    assert a.run.tuner_type == "full" and not a.preset and a.warnings == ()
+
+
+def test_yaml_blocks_are_flattened_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "model: m\ndata:\n  dataset: [x.jsonl, y.jsonl]\n  columns: {a: query}\n  deeper: {packing: true}\n"
+        "optimizer:\n  learning_rate: 1e-3\n  min_lr: 0\nseed: 7\n"
+    )
+    a = parse([str(path), "--learning_rate", "2e-3"], preset=str(PRESET))
+    assert a.data.dataset == ("x.jsonl", "y.jsonl") and a.data.columns == {"a": "query"} and a.data.packing
+    assert a.optim.learning_rate == 2e-3 and a.optim.min_lr == 0.0
+    assert a.run.seed == a.data.seed == 7 and a.yaml_path == str(path)
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(ALIASES.items()))
+def test_an_alias_is_read_and_warned_of_once(old, new):
+    if new in NOT_YET:
+        assert read(f"--{old}", "false").warnings == ()
+        return
+    value = {"model": "m2", "dataset": "d", "output_dir": "o", "tuner_type": "full", "packing": "true", "warmup_ratio": "0.5",
+             "lr_scheduler_type": "linear"}.get(new, "1")  # fmt: skip
+    argv = [*(a for a in MODEL if new not in ("model", "dataset")), f"--{old}", value]
+    if new in ("model", "dataset"):
+        argv += ["--dataset", "a"] if new == "model" else ["--model", "m"]
+    a = parse(argv, preset=str(PRESET))
+    assert a.warnings == (f"{old} is read as {new}",)
+    flat = a.flat()[new]
+    assert (flat[0] if isinstance(flat, tuple) else flat) == parse_like(flat, value)
+
+
+def parse_like(parsed, text):
+    parsed = parsed[0] if isinstance(parsed, tuple) else parsed
+    return text == "true" if isinstance(parsed, bool) else type(parsed)(text)
+
+
+def test_aliases_that_convert():
+    assert read("--train_type", "pt").data.stage == "pt"
+    assert read("--train_type", "full").run.tuner_type == "full"
+    assert read("--use_lora", "false").run.tuner_type == "full"
+    assert read("--gradient_checkpointing", "true").run.recompute_granularity == "full"
+    assert read("--per-device-train-batch-size", "2", "--gradient_accumulation_steps", "3", world_size=4).run.global_batch_size == 24
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning_rte", "1"], "command line: unknown key 'learning_rte'; the nearest is 'learning_rate'"),
+        (["--zzzzzz", "1"], "command line: unknown key 'zzzzzz'; python -m swiftk.train --help lists them"),
+        (["--max_steps", "many"], "max_steps: has 'many', wants an integer"),
+        (["--max_steps", "1.5"], "max_steps: has '1.5', wants an integer"),
+        (["--packing", "yes"], "packing: has 'yes', wants true or false"),
+        (["--columns", "{"], "columns: has '{', wants a mapping as JSON"),
+        (["--learning_rate", "1", "2"], r"learning_rate: has \['1', '2'\], wants a number"),
+        (["--learning_rate"], "command line: --learning_rate has no value"),
+        (["--seed", "1", "--seed", "2"], "command line: --seed is given twice"),
+        (["--lr", "1", "--learning_rate", "2"], "learning_rate is given twice"),
+        (["--micro_batch_size", "0"], "micro_batch_size: has 0, wants more than 0"),
+        (["--learning_rate", "-1"], "learning_rate: has -1.0, wants at least 0"),
+        (["--tuner_type", "lora"], "tuner_type: lora is not there yet, wants full"),
+        (["--train_type", "lora"], "tuner_type: lora is not there yet"),
+        (["--stage", "dpo"], "stage: dpo is not there yet, wants pt or sft"),
+        (["--stage", "sftt"], r"stage: has 'sftt', wants pt or sft \(the nearest is sft\)"),
+        (["--lora_rank", "8"], "lora_rank: LoRA is not there yet; remove the key"),
+        (["--quant_bits", "4"], "quant_bits: quantisation is not there yet"),
+        (["--zero_stage", "2"], "zero_stage: a sharded optimizer is not there yet"),
+        (["--tp_size", "2"], "tensor_model_parallel_size: has 2, wants 1: tensor parallelism is not there yet"),
+        (["--padding_free", "false"], "padding_free: has False, wants true"),
+        (["--report_to", "wandb"], "report_to: wandb is not there yet"),
+        (["--isa", "sse"], "isa: has 'sse', wants auto or avx512 or avx2 or portable"),
+        (["--model_config", '{"a": 1}'], "model_config: cannot be given together with model"),
+        (["--tokenizer", "train"], "tokenizer: has 'train', wants model_config"),
+        (["--gradient_accumulation_steps", "2", "--global_batch_size", "8"], "are both given"),
+        (["--max_steps", "0"], "max_steps: has 0"),
+    ],
+)
+def test_errors(argv, message):
+    with pytest.raises(ArgumentError, match=message):
+        read(*argv)
+
+
+def test_dataset_without_model_names_both():
+    with pytest.raises(ArgumentError, match=r"dataset is given \(d.jsonl\) without model"):
+        parse(["--dataset", "d.jsonl"], preset=str(PRESET))
+    with pytest.raises(ArgumentError, match="dataset: has nothing"):
+        parse(["--model", "m"], preset=str(PRESET))
+
+
+def test_yaml_errors(tmp_path):
+    def yaml(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return [str(path)]
+
+    for text, message in (
+        ("model: m\nmodle: n\n", "unknown key 'modle'; the nearest is 'model'"),
+        ("model: m\nmodel: n\n", "model is given twice"),
+        ("a: {seed: 1}\nb: {seed: 2}\n", "seed is given twice"),
+        ("model: [\n", "not YAML"),
+        ("- 1\n", "has list, wants keys and values"),
+        ("model: m\ndataset: [1]\n", r"dataset: has \[1\], wants a list of strings"),
+        ("model: 3\ndataset: d\n", "model: has 3, wants a string"),
+        ("model: m\ndataset: d\nseed: true\n", "seed: has True, wants an integer"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            parse(yaml(text), preset=str(PRESET))
+    with pytest.raises(ArgumentError, match=r"confg.yaml: no such configuration file; the nearest in .* is config.yaml"):
+        parse([str(tmp_path / "confg.yaml")], preset=str(PRESET))
+
+
+def test_no_arguments_are_the_preset():
+    a = parse([], preset=str(PRESET))
+    assert a.preset and a.run.model_config["model_type"] == "qwen3" and a.run.tokenizer == "train"
+    assert a.data.dataset and a.data.split_dataset_ratio > 0 and a.run.output_dir is not None
+    example = Path(__file__).resolve().parents[2] / "examples" / "tiny.yaml"
+    assert example.read_text() == PRESET.read_text()  # one file, linked
+
+
+def test_help_lists_every_key_with_its_default_and_comment():
+    text = help_text()
+    for key in keys().values():
+        assert f"--{key.name} " in text
+        if not dataclasses.is_dataclass(key.default) and key.name == "warmup_ratio":
+            assert "0.05" in text
+    assert keys()["packing"].help.startswith("several rows per sequence")
+
+
+def test_the_resume_command_replaces_an_older_one():
+    command = resume_command(["c.yaml", "--resume_from_checkpoint", "x y", "--seed", "1"], 2)
+    assert command == "torchrun --nproc-per-node 2 -m swiftk.train c.yaml --seed 1 --resume_from_checkpoint auto"
