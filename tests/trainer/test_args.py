@@ -18,8 +18,10 @@ def read(*argv, world_size=1):
 
 
 def test_command_line_types():
-    a = read("--val_dataset", "b.jsonl", "c.jsonl#5", "--packing", "true", "--columns", '{"q": "query"}', "--learning_rate", "1e-4",
-             "--max_steps", "-1", "--system=be kind", "--max_length", "null")  # fmt: skip
+    a = read(
+        "--val_dataset", "b.jsonl", "c.jsonl#5", "--packing", "true", "--columns", '{"q": "query"}',
+        "--learning_rate", "1e-4", "--max_steps", "-1", "--system=be kind", "--max_length", "null",
+    )  # fmt: skip
     assert a.data.dataset == ("a.jsonl",) and a.data.val_dataset == ("b.jsonl", "c.jsonl#5")
     assert a.data.packing is True and a.data.columns == {"q": "query"} and a.data.system == "be kind"
     assert a.optim.learning_rate == 1e-4 and a.run.max_steps == -1 and a.data.max_length is None
@@ -64,7 +66,8 @@ def test_aliases_that_convert():
     assert read("--train_type", "full").run.tuner_type == "full"
     assert read("--use_lora", "false").run.tuner_type == "full"
     assert read("--gradient_checkpointing", "true").run.recompute_granularity == "full"
-    assert read("--per-device-train-batch-size", "2", "--gradient_accumulation_steps", "3", world_size=4).run.global_batch_size == 24
+    a = read("--per-device-train-batch-size", "2", "--gradient_accumulation_steps", "3", world_size=4)
+    assert a.run.global_batch_size == 24
 
 
 @pytest.mark.parametrize(
