@@ -6,11 +6,11 @@
 
 namespace swiftk {
 
-enum class Isa { portable, avx2, avx512 };  // avx512 = AVX-512 F, BW, DQ, VL and BF16
+enum class Isa { portable, avx2, avx512 };  // avx2 = AVX2, FMA, BMI2; avx512 = these and AVX-512 F, BW, DQ, VL, BF16
 
 inline bool supported(Isa isa) {
 #if defined(__x86_64__)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   static const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                                  __builtin_cpu_supports("avx512bf16");

@@ -6,6 +6,11 @@
 //   store, store_n    bf16 sources and targets convert (round to nearest even, NaN stays NaN, subnormals kept)
 //   fma(a, b, c)      a * b + c, fused where the instruction set has it (portable: two roundings)
 //   sum(v), hmax(v)   one fixed tree: lanes i and i + width/2 first
+//   sum4(a, b, c, d, out)   out[0..3] = sum(a), sum(b), sum(c), sum(d): the same tree, the shuffles shared
+//   dot(a, b, c)      c + a * b where lanes carry partial sums over K: fma, or vdpbf16ps (two products a lane) for
+//                     Vec<bf16>, which only avx512 has; vdpbf16ps treats subnormal inputs and results as zero
+//   Dot<T>            how T enters a dot product: load(p, parts) reads `step` consecutive elements into registers of the
+//                     packed type P, so that packed and unpacked operands give the same sums (kernels/linear.py)
 //   exp(v)            relative error below 3e-7 (float), 2e-15 (double); exp(-inf) = 0, exp(NaN) = NaN
 //   tanh(v)           relative error below 4e-7 (float), 3e-15 (double), for small arguments too
 //   select_less(a, b, x, y)   a < b ? x : y; y where a or b is NaN
@@ -63,6 +68,18 @@ inline float hmax(Vec<float> a) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
+inline void sum4(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, float* out) {
+  auto half = [](Vec<float> x) { return _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1)); };
+  auto pair = [](__m256 x, __m256 y) {  // x's quarter in the low half, y's in the high half
+    return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+  };
+  __m256 ab = pair(half(a), half(b)), cd = pair(half(c), half(d));
+  __m256 lo = _mm256_shuffle_ps(ab, cd, _MM_SHUFFLE(1, 0, 1, 0)), hi = _mm256_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 2, 3, 2));
+  __m256 t = _mm256_add_ps(lo, hi);  // a0 a1 c0 c1 | b0 b1 d0 d1
+  t = _mm256_add_ps(t, _mm256_shuffle_ps(t, t, _MM_SHUFFLE(2, 3, 0, 1)));
+  __m128 ac = _mm256_castps256_ps128(t), bd = _mm256_extractf128_ps(t, 1);
+  _mm_storeu_ps(out, _mm_unpacklo_ps(_mm_shuffle_ps(ac, ac, _MM_SHUFFLE(2, 0, 2, 0)), _mm_shuffle_ps(bd, bd, _MM_SHUFFLE(2, 0, 2, 0))));
+}
 inline Vec<float> round_nearest(Vec<float> a) { return {_mm512_roundscale_ps(a.v, 0)}; }
 inline Vec<float> scale2(Vec<float> a, Vec<float> n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n
 inline Vec<float> zero_below(Vec<float> x, Vec<float> low, Vec<float> y) {  // x < low ? 0 : y
@@ -97,6 +114,14 @@ inline double hmax(Vec<double> a) {
   __m256d h = _mm256_max_pd(_mm512_castpd512_pd256(a.v), _mm512_extractf64x4_pd(a.v, 1));
   __m128d q = _mm_max_pd(_mm256_castpd256_pd128(h), _mm256_extractf128_pd(h, 1));
   return _mm_cvtsd_f64(_mm_max_sd(q, _mm_unpackhi_pd(q, q)));
+}
+inline void sum4(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d, double* out) {
+  auto half = [](Vec<double> x) { return _mm256_add_pd(_mm512_castpd512_pd256(x.v), _mm512_extractf64x4_pd(x.v, 1)); };
+  auto pair = [](__m256d x, __m256d y) {
+    return _mm256_add_pd(_mm256_permute2f128_pd(x, y, 0x20), _mm256_permute2f128_pd(x, y, 0x31));
+  };
+  __m256d ac = pair(half(a), half(c)), bd = pair(half(b), half(d));
+  _mm256_storeu_pd(out, _mm256_add_pd(_mm256_unpacklo_pd(ac, bd), _mm256_unpackhi_pd(ac, bd)));
 }
 inline Vec<double> round_nearest(Vec<double> a) { return {_mm512_roundscale_pd(a.v, 0)}; }
 inline Vec<double> scale2(Vec<double> a, Vec<double> n) { return {_mm512_scalef_pd(a.v, n.v)}; }
@@ -159,6 +184,17 @@ inline float hmax(Vec<float> a) {
   q = _mm_max_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_max_ss(q, _mm_shuffle_ps(q, q, 1)));
 }
+inline void sum4(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d, float* out) {
+  auto pair = [](__m256 x, __m256 y) {  // x's half in the low half, y's in the high half
+    return _mm256_add_ps(_mm256_permute2f128_ps(x, y, 0x20), _mm256_permute2f128_ps(x, y, 0x31));
+  };
+  __m256 ab = pair(a.v, b.v), cd = pair(c.v, d.v);
+  __m256 lo = _mm256_shuffle_ps(ab, cd, _MM_SHUFFLE(1, 0, 1, 0)), hi = _mm256_shuffle_ps(ab, cd, _MM_SHUFFLE(3, 2, 3, 2));
+  __m256 t = _mm256_add_ps(lo, hi);  // a0 a1 c0 c1 | b0 b1 d0 d1
+  t = _mm256_add_ps(t, _mm256_shuffle_ps(t, t, _MM_SHUFFLE(2, 3, 0, 1)));
+  __m128 ac = _mm256_castps256_ps128(t), bd = _mm256_extractf128_ps(t, 1);
+  _mm_storeu_ps(out, _mm_unpacklo_ps(_mm_shuffle_ps(ac, ac, _MM_SHUFFLE(2, 0, 2, 0)), _mm_shuffle_ps(bd, bd, _MM_SHUFFLE(2, 0, 2, 0))));
+}
 inline Vec<float> round_nearest(Vec<float> a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec<float> scale2(Vec<float> a, Vec<float> n) {  // a * 2^n for |n| <= 252, in two exact steps
   __m256i e = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(e, 1), rest = _mm256_sub_epi32(e, half);
@@ -197,6 +233,13 @@ inline double sum(Vec<double> a) {
 inline double hmax(Vec<double> a) {
   __m128d q = _mm_max_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
   return _mm_cvtsd_f64(_mm_max_sd(q, _mm_unpackhi_pd(q, q)));
+}
+inline void sum4(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d, double* out) {
+  auto pair = [](__m256d x, __m256d y) {
+    return _mm256_add_pd(_mm256_permute2f128_pd(x, y, 0x20), _mm256_permute2f128_pd(x, y, 0x31));
+  };
+  __m256d ac = pair(a.v, c.v), bd = pair(b.v, d.v);
+  _mm256_storeu_pd(out, _mm256_add_pd(_mm256_unpacklo_pd(ac, bd), _mm256_unpackhi_pd(ac, bd)));
 }
 inline Vec<double> round_nearest(Vec<double> a) { return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline Vec<double> scale2(Vec<double> a, Vec<double> n) {
@@ -263,6 +306,9 @@ template <class A> inline A sum(Vec<A> a) {
     for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
   return a.v[0];
 }
+template <class A> inline void sum4(Vec<A> a, Vec<A> b, Vec<A> c, Vec<A> d, A* out) {
+  out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
+}
 template <class A> inline A hmax(Vec<A> a) {
   for (int half = Vec<A>::width / 2; half; half /= 2)
     for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
@@ -302,6 +348,53 @@ template <class A> inline Vec<A> select_less(Vec<A> a, Vec<A> b, Vec<A> x, Vec<A
   for (int i = 0; i < Vec<A>::width; ++i) y.v[i] = a.v[i] < b.v[i] ? x.v[i] : y.v[i];
   return y;
 }
+#endif
+
+template <class A> inline Vec<A> dot(Vec<A> a, Vec<A> b, Vec<A> c) { return fma(a, b, c); }
+
+template <class T> struct Dot {  // float, double: lane l takes elements l, l + step, ...
+  using P = T;
+  static constexpr int parts = 1, step = Vec<T>::width;
+  static void load(const T* p, Vec<T> (&x)[1]) { x[0] = Vec<T>::load(p); }
+  static void load_n(const T* p, int n, Vec<T> (&x)[1]) { x[0] = Vec<T>::load_n(p, n); }
+};
+
+#if SWIFTK_ISA == 2
+template <> struct Vec<bf16> {  // operand of vdpbf16ps, no arithmetic of its own
+  static constexpr int width = 32;
+  __m512i v;
+  static Vec load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+  static Vec load_n(const bf16* p, int n) { return {_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p)}; }
+  void store(bf16* p) const { _mm512_storeu_si512(p, v); }
+};
+inline Vec<float> dot(Vec<bf16> a, Vec<bf16> b, Vec<float> c) {
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+template <> struct Dot<bf16> {  // lane l takes elements 2l and 2l + 1 of each 32
+  using P = bf16;
+  static constexpr int parts = 1, step = 32;
+  static void load(const bf16* p, Vec<bf16> (&x)[1]) { x[0] = Vec<bf16>::load(p); }
+  static void load_n(const bf16* p, int n, Vec<bf16> (&x)[1]) { x[0] = Vec<bf16>::load_n(p, n); }
+};
+#else
+template <> struct Dot<bf16> {  // lane l takes elements 2l, then 2l + 1 of each 2 * width: splitting a 32-bit word is one
+  using P = float;              // shift and one mask, where widening 16-bit lanes in order needs a shuffle
+  static constexpr int parts = 2, step = 2 * Vec<float>::width;
+  static void load(const bf16* p, Vec<float> (&x)[2]) {
+#if SWIFTK_ISA == 1
+    __m256i u = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    x[0].v = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
+    x[1].v = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32(int(0xffff0000u))));
+#else
+    for (int i = 0; i < Vec<float>::width; ++i) x[0].v[i] = float(p[2 * i]), x[1].v[i] = float(p[2 * i + 1]);
+#endif
+  }
+  static void load_n(const bf16* p, int n, Vec<float> (&x)[2]) {
+    bf16 tail[step] = {};
+    std::memcpy(tail, p, size_t(n) * 2);
+    load(tail, x);
+  }
+};
 #endif
 
 // exp(x) = 2^n exp(r), n = round(x log2 e), r = x - n ln 2 in two parts, exp(r) by its Taylor polynomial on |r| <= 0.347.

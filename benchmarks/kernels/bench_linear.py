@@ -1,0 +1,66 @@
+"""linear: forward, and forward + backward, against F.linear. M = 1 is bandwidth-bound and reads W from memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from swiftk.benchmarks.harness import Case, Options
+from swiftk.kernels.linear import linear
+from swiftk.testing.accuracy import assert_accurate
+
+COLD_BYTES = 192 << 20  # weights that M = 1 walks through: six times the largest L3 share we have seen, so each is cold
+
+
+def cases(options: Options) -> Iterator[Case]:
+    sizes = [(256, 128)] if options.quick else [(1536, 512), (3072, 1024), (4096, 4096)]
+    for dtype in (torch.float32, torch.bfloat16):
+        for N, K in sizes:
+            for M in (1, 8) if options.quick else (1, 8, 256, 2048):
+                yield forward(M, N, K, dtype, options)
+        N, K = sizes[-2 % len(sizes)]
+        yield forward_backward(8 if options.quick else 512, N, K, dtype, options)
+
+
+def forward(M: int, N: int, K: int, dtype: torch.dtype, options: Options) -> Case:
+    x = torch.randn(M, K, dtype=dtype, device=options.device)
+    size = N * K * x.element_size()
+    copies = 1 if M > 8 or options.quick else max(1, -(-COLD_BYTES // size))
+    weights = [torch.randn(N, K, dtype=dtype, device=options.device) for _ in range(copies)]
+    turn, peer_turn = itertools.cycle(weights), itertools.cycle(weights)
+
+    def check(y):
+        want = F.linear(x.double(), weights[0].double())
+        assert_accurate(y, want.to(dtype), want)
+
+    return Case(
+        op="linear", name=f"fwd M={M} N={N} K={K}" + (" cold W" if copies > 1 else ""), dtype=dtype, check=check,
+        run=lambda: linear(x, next(turn), isa=options.isa),
+        bytes=size + (x.numel() + M * N) * x.element_size(),  # W and x read, y written
+        flops=0 if M == 1 else 2 * M * N * K,
+        peers={"torch": lambda: F.linear(x, next(peer_turn))},
+        goal=">= 90 % of torch's bandwidth" if M == 1 else "<= 1.25x torch" if M >= 256 and K >= 512 else "",
+    )  # fmt: skip
+
+
+def forward_backward(M: int, N: int, K: int, dtype: torch.dtype, options: Options) -> Case:
+    x, w, dy = (torch.randn(s, dtype=dtype, device=options.device) for s in ((M, K), (N, K), (M, N)))
+    xg, wg = x.clone().requires_grad_(), w.clone().requires_grad_()
+
+    def both(f):
+        return torch.autograd.grad(f(xg, wg), (xg, wg), dy)
+
+    def check(grads):
+        for got, want in zip(grads, (dy.double() @ w.double(), dy.double().t() @ x.double()), strict=True):
+            assert_accurate(got, want.to(dtype), want)
+
+    return Case(
+        op="linear", name=f"fwd+bwd M={M} N={N} K={K}", dtype=dtype, check=check,
+        run=lambda: both(lambda a, b: linear(a, b, isa=options.isa)),
+        bytes=3 * (M * K + N * K + M * N) * x.element_size(),  # three products, each operand and result once
+        flops=6 * M * N * K,
+        peers={"torch": lambda: both(F.linear)},
+    )  # fmt: skip

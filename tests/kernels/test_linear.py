@@ -1,0 +1,188 @@
+"""linear: values, gradients, row invariance, the out-launcher, operator contracts, errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from swiftk.kernels.linear import linear, linear_out, linear_ref
+from swiftk.testing.accuracy import assert_accurate
+
+DTYPES = [torch.bfloat16, torch.float32, torch.float64]
+# (M, N, K): every tail of the row tile, the column tile and the K step; more than one block of rows; K past the L1 panel
+SHAPES = [(1, 1, 1), (1, 37, 33), (2, 5, 64), (3, 16, 7), (4, 17, 31), (5, 19, 257), (7, 64, 100), (97, 33, 520), (13, 9, 4099)]
+
+
+def make(M, N, K, dtype):
+    x, w, b = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in ((M, K), (N, K), (N,)))
+    return x, w, b
+
+
+def long_double(x, w, b=None):
+    """y in extended precision, rounded to fp64: an oracle for fp64 too."""
+    xl, wl = (t.detach().double().numpy().astype(np.longdouble) for t in (x, w))
+    y = (xl[:, None, :] * wl[None]).sum(-1)
+    return torch.from_numpy((y if b is None else y + b.detach().double().numpy()).astype(np.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients(shape, bias, dtype, isa):
+    x, w, b = make(*shape, dtype)
+    args = (x, w, b) if bias else (x, w)
+    dy = torch.randn(shape[0], shape[1], dtype=torch.float64).to(dtype)
+    results = []
+    for f, cast in ((lambda *a: linear(*a, isa=isa), dtype), (F.linear, dtype), (F.linear, torch.float64)):
+        inputs = [a.to(cast).requires_grad_() for a in args]
+        y = f(*inputs)
+        results.append([y, *torch.autograd.grad(y, inputs, dy.to(cast))])
+    results[-1][0] = long_double(*args)
+    for name, ours, plain, exact in zip(("y", "dx", "dw", "db"), *results, strict=False):
+        assert_accurate(ours, plain, exact, name)
+
+
+def test_fp64_kernel_equals_reference():
+    x, w, b = make(33, 20, 500, torch.float64)
+    assert (linear(x, w, b) - linear_ref(x, w, b)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("K", [1, 15, 64, 333, 1030])
+def test_a_row_depends_on_that_row_alone(K, dtype, isa, thread_count):
+    """Every M from 1 to 40 and one past a block of rows, one thread and two, rows at every place of a tile."""
+    x, w, b = make(140, 70, K, dtype)
+    whole = thread_count(2, lambda: linear(x, w, b, isa=isa))
+    assert torch.equal(whole, thread_count(1, lambda: linear(x, w, b, isa=isa)))
+    for M in range(1, 41):
+        start = 3 * M % 100
+        assert torch.equal(linear(x[start : start + M], w, b, isa=isa), whole[start : start + M]), M
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_column_depends_on_that_row_of_the_weight_alone(dtype, isa):
+    x, w, b = make(9, 50, 300, dtype)
+    whole = linear(x, w, b, isa=isa)
+    for start, stop in ((0, 1), (7, 12), (13, 50)):
+        assert torch.equal(linear(x, w[start:stop], b[start:stop], isa=isa), whole[:, start:stop])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_out_launcher_takes_strided_rows_and_the_accumulate_dtype(dtype, isa):
+    x, w, b = make(11, 37, 65, dtype)
+    want = linear(x, w, b, isa=isa)
+    xs = torch.cat([x, torch.full_like(x, float("nan"))], 1)[:, :65]  # row stride 130
+    ws = torch.cat([w, torch.full_like(w, float("nan"))], 1)[:, :65]
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    for out_dtype in {dtype, acc}:
+        frame = torch.full((13, 50), float("nan"), dtype=out_dtype)
+        linear_out(xs, ws, b, frame[1:12, 5:42], isa)
+        assert torch.equal(frame[1:12, 5:42].to(dtype), want)
+        frame[1:12, 5:42] = float("nan")
+        assert frame.isnan().all()
+
+
+def test_fp32_logits_of_bf16_inputs_are_not_rounded(isa):
+    x, w, _ = make(5, 30, 200, torch.bfloat16)
+    logits = torch.empty(5, 30)
+    linear_out(x, w, None, logits, isa)
+    exact = x.double() @ w.double().t()
+    assert_accurate(logits, x.float() @ w.float().t(), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tails_do_not_read_or_leak_neighbours(dtype, isa):
+    """K, N and M that fill no tile, inside a frame of NaN."""
+    for K in (1, 3, 17, 31, 40):
+        x, w, b = make(6, 21, K, dtype)
+        frame_x, frame_w = (torch.full((t.shape[0] + 2, K + 9), float("nan"), dtype=dtype) for t in (x, w))
+        frame_x[1:-1, 4 : K + 4], frame_w[1:-1, 4 : K + 4] = x, w
+        got = linear(frame_x[1:-1, 4 : K + 4], frame_w[1:-1, 4 : K + 4], b, isa=isa)
+        assert not got.isnan().any() and torch.equal(got, linear(x, w, b, isa=isa)), K
+
+
+def test_nan_and_infinity_stay_in_their_row(isa):
+    x, w, _ = make(6, 8, 40, torch.float32)
+    clean = linear(x, w, isa=isa)
+    x[2, 7], x[4, 39] = float("nan"), float("inf")
+    y = linear(x, w, isa=isa)
+    assert y[2].isnan().all() and y[4].isinf().all()
+    keep = [0, 1, 3, 5]
+    assert torch.equal(y[keep], clean[keep])
+
+
+def test_empty_and_non_contiguous():
+    x, w, b = make(6, 4, 8, torch.float32)
+    assert linear(x[:0], w, b).shape == (0, 4)
+    assert linear(torch.randn(2, 0, 8), w).shape == (2, 0, 4)
+    assert linear(x, w[:0]).shape == (6, 0)
+    assert torch.equal(linear(x[:, :0], w[:, :0], b), b.expand(6, 4))
+    assert torch.equal(linear(x[0], w, b), linear(x, w, b)[0])
+    strided = torch.randn(8, 6).t()
+    assert torch.equal(linear(strided, w), linear(strided.contiguous(), w))
+    cube = torch.randn(3, 8, 5).transpose(1, 2)
+    assert torch.equal(linear(cube, w, b), linear(cube.contiguous(), w, b))
+    weight, bias = torch.randn(8, 4).t(), torch.randn(8)[::2]
+    assert torch.equal(linear(x, weight, bias), linear(x, weight.contiguous(), bias.contiguous()))
+    expanded = x[:1].expand(5, 8)
+    assert torch.equal(linear(expanded, w), linear(expanded.contiguous(), w))
+
+
+def test_a_frozen_weight_keeps_no_input_and_gets_no_gradient():
+    x, w, b = make(5, 4, 8, torch.float32)
+    y = linear(x.requires_grad_(), w, b)
+    saved = [t for t in (getattr(y.grad_fn, "saved_tensors", ()) or ()) if t is not None]
+    assert [tuple(t.shape) for t in saved] == [(4, 8)]
+    y.sum().backward()
+    assert w.grad is None and torch.allclose(x.grad, w.sum(0).expand(5, 8))
+    y = linear(x.detach(), w.requires_grad_())
+    y.sum().backward()
+    assert torch.allclose(w.grad, x.detach().sum(0).expand(4, 8))
+
+
+def test_results_and_gradients_are_bitwise_repeatable():
+    x, w, b = (t.requires_grad_() for t in make(70, 40, 130, torch.float32))
+    y = linear(x, w, b)
+    assert torch.equal(y, linear(x, w, b))
+    first = torch.autograd.grad(y.sum(), (x, w, b), retain_graph=True)
+    second = torch.autograd.grad(y.sum(), (x, w, b), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gradient_of_the_gradient():
+    inputs = [t.requires_grad_() for t in make(3, 4, 5, torch.float64)]
+    assert torch.autograd.gradcheck(linear, inputs)
+    assert torch.autograd.gradgradcheck(linear, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_and_compile(dtype):
+    x, w, b = (t.requires_grad_() for t in make(4, 6, 16, dtype))
+    torch.library.opcheck(torch.ops.swiftk.linear_fwd.default, (x, w, b, "auto"))
+    torch.library.opcheck(torch.ops.swiftk.linear_fwd.default, (x, w.detach(), None, "auto"))
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    grads = [torch.autograd.grad(f(x, w, b).square().sum(), (x, w, b)) for f in (compiled, linear)]
+    assert torch.equal(compiled(x, w, b), linear(x, w, b))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((torch.randn(2, 4), torch.randn(3, 5)), r"linear: weight has shape \(3, 5\), x \(2, 4\) needs \(3, 4\)"),
+        ((torch.randn(2, 4), torch.randn(4)), r"linear: weight has shape \(4,\), wants \(N, K\)"),
+        ((torch.tensor(1.0), torch.randn(3, 4)), r"linear: x has shape \(\), wants \(..., K\)"),
+        ((torch.randn(2, 4), torch.randn(3, 4), torch.ones(4)), r"linear: bias has shape \(4,\), weight \(3, 4\) needs \(3,\)"),
+        ((torch.randn(2, 4), torch.randn(3, 4).double()), "linear: weight has dtype torch.float64, wants torch.float32 like x"),
+        ((torch.randn(2, 4), torch.randn(3, 4), torch.randn(3).bfloat16()), "linear: bias has dtype torch.bfloat16, wants"),
+        ((torch.randn(2, 4).half(), torch.randn(3, 4).half()), "linear: x has dtype torch.float16, wants torch.bfloat16"),
+        ((torch.randn(2, 4), torch.randn(3, 4, device="meta")), "linear: weight has device meta, wants cpu like x"),
+    ],
+)
+def test_errors(args, message):
+    with pytest.raises(ValueError, match=message):
+        linear(*args)
+    with pytest.raises(ValueError, match="linear: isa has 'sse9', wants one of"):
+        linear(torch.randn(2, 4), torch.randn(3, 4), isa="sse9")
