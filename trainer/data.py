@@ -38,7 +38,7 @@ def load_dataset(
     """Reads, renders, masks and cuts the rows of `dataset` (None: config.dataset).
 
     truncation_strategy, for rows of more than max_length tokens: delete (the row; counted), right (keep the first tokens),
-    left (keep the last ones), split (stage pt: pieces of max_length, the last one shorter).
+    left (keep the last ones), split (stage pt: pieces of max_length that share one token, the last one shorter).
     The report's keys, each counted in rows: read, skipped (strict false: no format or no provable mask), too_long (longer
     than max_length), untrained (no token to train is left), rows; and tokens, trained_tokens.
     Raises: ValueError for bad input (`read_rows`, `encode`), and when no row is left.
@@ -143,7 +143,9 @@ def _cut(row: Encoded, max_length: int, strategy: str) -> list[Encoded]:
     length = len(row.input_ids)
     if length <= max_length:
         return [row]
-    starts = {"delete": [], "right": [0], "left": [length - max_length], "split": range(0, length, max_length)}[strategy]
+    # pieces share one token, the last of one and the first of the next, so that each token but the first is a label once
+    split = range(0, length - 1, max_length - 1)
+    starts = {"delete": [], "right": [0], "left": [length - max_length], "split": split}[strategy]
     return [
         Encoded(row.input_ids[start : start + max_length], row.loss_mask[start : start + max_length], row.source)
         for start in starts

@@ -7,18 +7,21 @@ response. The order is that of module name and line. Not portable: another versi
 from __future__ import annotations
 
 import ast
+import os
 import sysconfig
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-# tests, vendored wheels, installed packages, and a generated table of topics
-SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled", "pydoc_data"}
+# tests, vendored wheels, installed packages, and two folders of generated tables (1.4 MB with nine docstrings)
+SKIPPED_FOLDERS = {
+    "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "_bundled", "pydoc_data", "encodings",
+}  # fmt: skip
 MAX_SIGNATURE = 300  # characters; longer ones (about 1 in 300) are left out
 MAX_DOCSTRING = 800  # characters; longer docstrings end at the last whole line within
 
 
-@cache  # parsing 12 MB takes 3-8 s, and a run reads the rows twice: for the tokenizer and for training
+@cache  # parsing 10 MB takes 3 s, and a run reads the rows twice: for the tokenizer and for training
 def stdlib_docstrings(root: str | None = None) -> tuple[dict[str, str], ...]:
     """{"query": "def heapq.heappush(heap, item)", "response": docstring} in a fixed order, without repeats.
 
@@ -28,10 +31,8 @@ def stdlib_docstrings(root: str | None = None) -> tuple[dict[str, str], ...]:
     folder = Path(root or sysconfig.get_path("stdlib"))
     seen: set[tuple[str, str]] = set()
     pairs: list[dict[str, str]] = []
-    for path in sorted(folder.rglob("*.py")):
+    for path in _sources(folder):
         parts = path.relative_to(folder).with_suffix("").parts
-        if SKIPPED_FOLDERS.intersection(parts):
-            continue
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):  # files that are wrong on purpose, for lib2to3
@@ -47,6 +48,15 @@ def stdlib_docstrings(root: str | None = None) -> tuple[dict[str, str], ...]:
     if not pairs:
         raise ValueError(f"python-stdlib-docstrings: {folder} has no Python sources, wants an installation with its library")
     return tuple(pairs)
+
+
+def _sources(folder: Path) -> list[Path]:
+    """All .py files in order; skipped folders are not entered (site-packages may hold 20 times as many)."""
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        found += [Path(parent, name) for name in files if name.endswith(".py")]
+    return sorted(found)
 
 
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

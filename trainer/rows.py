@@ -309,7 +309,7 @@ def read_rows(config: DataConfig, dataset: tuple[str, ...] | None = None) -> tup
     for name in dataset:
         unit, records = _open(name, config)
         before = len(rows) + len(skipped)
-        label = name if name in BUILTIN else Path(name).name
+        label = Path(_path(name)).name
         for line, record in records:
             try:
                 if isinstance(record, RowError):

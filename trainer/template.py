@@ -174,7 +174,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     mark = "\ue0001\ue000"
     written = _render([{"role": "user", "content": "u"}, {"role": "assistant", "content": mark}], tokenizer)
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    following = written.partition(mark)[2].lstrip()
+    following = written.rpartition(mark)[2].lstrip()
     stop = max((s for s in special if following.startswith(s)), key=len, default=None)
     if stop is None:
         raise ValueError(
