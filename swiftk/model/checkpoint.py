@@ -6,8 +6,10 @@ Tied embeddings: lm_head.weight may be absent, or present and equal to the embed
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +143,7 @@ def save_checkpoint(
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
         tensors = {name: parameters[name].detach().to("cpu", dtype).contiguous() for name in names}
-        aside = directory / f"{file}.tmp"
-        save_file(tensors, aside, metadata={"format": "pt"})
-        _publish(aside, directory / file)
+        _write(directory / file, functools.partial(save_file, tensors, metadata={"format": "pt"}))
     if len(shards) > 1:
         total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
         index = {
@@ -158,13 +158,17 @@ def save_checkpoint(
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    _write(path, lambda aside: aside.write_text(text))
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes aside, syncs, renames; what a failed write (a full disk) left behind is removed."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    _publish(aside, path)
-
-
-def _publish(aside: Path, path: Path) -> None:
-    """Syncs the file and gives it its name."""
-    with open(aside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -179,6 +179,7 @@ IGNORED = {
     "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
     "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "attn_implementation",
     "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "unsloth_version", "unsloth_fixed",
+    "is_llama_config", "transformers.js_config",
 }  # fmt: skip
 
 
@@ -222,7 +223,8 @@ class _Fields:
                 raise ValueError(f"{OP}: {key} has {value!r}, wants it absent: mixture of experts is not there yet")
             else:
                 near = difflib.get_close_matches(key, sorted(known), 1)
-                raise ValueError(f"{OP}: {key} is not a field of {where}" + (f"; did you mean {near[0]}?" if near else ""))
+                hint = f"did you mean {near[0]}?" if near else "take it out of config.json if it changes nothing"
+                raise ValueError(f"{OP}: {key} is not a field of {where}; {hint}")
 
 
 def _parse(raw: dict[str, Any]) -> ModelConfig:

@@ -171,6 +171,7 @@ class Model(nn.Module):
             for `load_checkpoint`.
         isa: instruction set of the CPU kernels: "auto", "avx512", "avx2" or "portable".
         recompute: activations computed again in the backward: "none", "selective" or "full"; results are bitwise equal.
+            With "selective", a forward can be followed by one backward (no retain_graph).
         trainable: which parameters are, by name; the others have no gradient and are stored in compute_dtype.
         ops: other kernels than swiftk's own, for tests.
     Raises: ValueError for a wrong argument.
@@ -277,14 +278,12 @@ class Model(nn.Module):
         return self.model.norm(x)
 
 
-# Outputs worth their memory: their recomputation is bound by arithmetic, not by bytes.
-_KEEP = {
-    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
-}  # fmt: skip
+# Operators whose outputs are worth their memory: computing them again is bound by arithmetic, not by bytes.
+KEEP = {"swiftk::linear_fwd", "swiftk::varlen_attention_fwd"}
 
 
 def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEEP else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op.name() in KEEP else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 _selective = functools.partial(create_selective_checkpoint_contexts, _policy)
