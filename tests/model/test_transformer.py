@@ -91,7 +91,7 @@ def test_one_token_at_a_time_gives_the_packed_logprobs(family, dtype, thread_cou
 
     def feed(steps):
         """Each document in pieces of `steps` tokens over a cache of its own."""
-        hidden = []
+        hidden: list[torch.Tensor] = []
         for start, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
             cache = model.new_cache()
             for i in range(start, stop, steps):
@@ -99,14 +99,18 @@ def test_one_token_at_a_time_gives_the_packed_logprobs(family, dtype, thread_cou
                 cu = torch.tensor([0, piece.stop - i], dtype=torch.int32)
                 hidden.append(model(ids[piece], positions[piece], cu, kv_cache=cache))
         pieces = zip(hidden, labels.split([len(h) for h in hidden]), strict=True)
-        return [token_logprobs(h, model.head_weight, l) for h, l in pieces]
+        return torch.cat(hidden), torch.cat([token_logprobs(h, model.head_weight, l) for h, l in pieces])
+
+    def whole():
+        hidden = model(ids, positions, cu_seqlens)
+        return hidden, token_logprobs(hidden, model.head_weight, labels)
 
     with torch.no_grad():
-        packed = thread_count(2, lambda: token_logprobs(model(ids, positions, cu_seqlens), model.head_weight, labels))
-        one_at_a_time = thread_count(1, lambda: feed(1))
-        in_pieces = feed(4)
-    assert torch.equal(torch.cat(one_at_a_time), packed)
-    assert torch.equal(torch.cat(in_pieces), packed)
+        packed = thread_count(2, whole)
+        for steps, threads in ((1, 1), (4, 2)):
+            hidden, logprobs = thread_count(threads, lambda steps=steps: feed(steps))
+            assert torch.equal(hidden, packed[0])
+            assert torch.equal(logprobs, packed[1])
 
 
 class CountOps(TorchDispatchMode):
