@@ -40,8 +40,13 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def threads() -> int:
-    return torch.get_num_threads()
+GRAIN = 16384  # elements of elementwise work per thread: some 10 us, against 2-5 us for waking a thread (and ms on a busy core)
+
+
+def threads(elements: int | None = None) -> int:
+    """torch's number of intra-op threads; with `elements` no more than bandwidth-bound work of that size pays for."""
+    limit = torch.get_num_threads()
+    return limit if elements is None else max(1, min(limit, elements // GRAIN))
 
 
 def no_cuda_kernel(op: str, reference: str | None = None) -> NoReturn:
