@@ -53,7 +53,8 @@ torch.library.define("swiftk::swiglu_bwd", "(Tensor dy, Tensor gate, Tensor up, 
 @torch.library.register_kernel("swiftk::swiglu_fwd", "cpu")
 def _swiglu_fwd_cpu(gate, up, isa):
     y = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    swiglu_out(*_rows(gate, up), y, isa)
+    gate2, up2 = _rows(gate, up)
+    swiglu_out(gate2, up2, y, isa)
     return y
 
 

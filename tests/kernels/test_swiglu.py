@@ -79,7 +79,7 @@ def test_writes_every_output_and_nothing_else(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_element_depends_on_that_element_alone(dtype, isa, thread_count):
-    """In any lane, tail, block or thread (36,891 elements take two), at any alignment: the same bits, in the forward and in the backward."""
+    """The same bits in any lane, tail, block and thread (36,891 elements take two), at any alignment."""
     gate, up = make((9, 4099), dtype)
     dy = torch.randn(9, 4099).to(dtype)
 
