@@ -36,8 +36,9 @@ def rms_norm_out(
     """Writes y and rstd; no checks, no autograd. x, y (rows, H) contiguous, weight (H,), rstd (rows,)."""
     rows, cols = x.shape
     native().rms_norm_fwd(
-        DTYPE_CODES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr(), rows, cols, eps, threads(), isa
-    )
+        DTYPE_CODES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr(), rows, cols, eps,
+        threads(rows * cols), isa,
+    )  # fmt: skip
 
 
 # --- operator ----------------------------------------------------------------------------------------------------
@@ -60,12 +61,12 @@ def _rms_norm_fwd_cpu(x, weight, eps, isa):
 @torch.library.register_kernel("swiftk::rms_norm_bwd", "cpu")
 def _rms_norm_bwd_cpu(dy, x, weight, rstd, isa):
     cols = x.shape[-1]
-    x2, dy2 = x.reshape(-1, cols).contiguous(), dy.reshape(-1, cols).contiguous()
+    x2, dy2, weight = x.reshape(-1, cols).contiguous(), dy.reshape(-1, cols).contiguous(), weight.contiguous()
     dx, dw = torch.empty_like(x2), torch.empty(cols, dtype=weight.dtype)
     blocks = x2.new_empty(-(-x2.shape[0] // ROW_BLOCK), cols, dtype=acc_dtype(x.dtype))
     native().rms_norm_bwd(
-        DTYPE_CODES[x.dtype], dy2.data_ptr(), x2.data_ptr(), weight.contiguous().data_ptr(), rstd.data_ptr(), dx.data_ptr(),
-        dw.data_ptr(), blocks.data_ptr(), x2.shape[0], cols, threads(), isa,
+        DTYPE_CODES[x.dtype], dy2.data_ptr(), x2.data_ptr(), weight.data_ptr(), rstd.data_ptr(), dx.data_ptr(),
+        dw.data_ptr(), blocks.data_ptr(), x2.shape[0], cols, threads(x2.numel()), isa,
     )  # fmt: skip
     return dx.view(x.shape), dw
 

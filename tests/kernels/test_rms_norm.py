@@ -43,6 +43,10 @@ def test_empty_and_non_contiguous():
     assert torch.equal(rms_norm(strided, w), rms_norm(strided.contiguous(), w))
     wide = torch.randn(6, 16)[:, ::2]
     assert torch.equal(rms_norm(wide, w), rms_norm(wide.contiguous(), w))
+    spread, dense = (w.repeat_interleave(2)[::2].requires_grad_(), w.clone().requires_grad_())
+    for x in (torch.randn(6, 8), torch.randn(8, 6).t()):
+        strided, contiguous = (torch.autograd.grad(rms_norm(x, v), v, torch.ones(6, 8))[0] for v in (spread, dense))
+        assert torch.equal(strided, contiguous)
 
 
 def test_writes_every_output_and_nothing_else():
@@ -55,14 +59,14 @@ def test_writes_every_output_and_nothing_else():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_depends_on_that_row_alone(dtype, isa, thread_count):
-    x, w = make((37, 515), dtype)
+    x, w = make((70, 515), dtype)  # 36,050 elements: two threads
     whole = thread_count(2, lambda: rms_norm(x, w, isa=isa))
     alone = thread_count(1, lambda: torch.cat([rms_norm(row[None], w, isa=isa) for row in x]))
     assert torch.equal(whole, alone)
 
 
 def test_gradients_are_bitwise_repeatable(thread_count):
-    x, w = make((200, 96), torch.float32)
+    x, w = make((400, 96), torch.float32)
 
     def grads():
         xs, ws = x.clone().requires_grad_(), w.clone().requires_grad_()
