@@ -16,6 +16,7 @@ PYBIND11_MODULE(_swiftk_C, m) {
   bind_rms_norm(m);
   bind_linear_cross_entropy(m);
   bind_varlen(m);
+  bind_merge(m);
   bind_swiglu(m);
   bind_rope(m);
   bind_linear(m);

@@ -12,6 +12,7 @@ namespace swiftk {
 void bind_rms_norm(py::module_& m);
 void bind_linear_cross_entropy(py::module_& m);
 void bind_varlen(py::module_& m);
+void bind_merge(py::module_& m);
 void bind_swiglu(py::module_& m);
 void bind_rope(py::module_& m);
 void bind_linear(py::module_& m);

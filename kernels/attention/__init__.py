@@ -1,5 +1,6 @@
 """Attention over packed sequences: `varlen_attention` (cu_seqlens), `segment_attention` (resumable), `merge_attention`."""
 
-from swiftk.kernels.attention.varlen import varlen_attention
+from swiftk.kernels.attention.merge import merge_attention
+from swiftk.kernels.attention.varlen import segment_attention, segment_attention_backward, varlen_attention
 
-__all__ = ["varlen_attention"]
+__all__ = ["merge_attention", "segment_attention", "segment_attention_backward", "varlen_attention"]

@@ -1,5 +1,5 @@
-"""Attention over packed sequences: out = P v, P = exp(s - logaddexp(lse, sink)), lse = log sum exp(s) over the keys a query sees,
-s = x or softcap tanh(x / softcap), x = softmax_scale q k^T.
+"""Attention over packed sequences: out = P v, P = exp(s - logaddexp(lse, sink)), lse = log sum exp(s) over the keys that a
+query sees, s = x or softcap tanh(x / softcap), x = softmax_scale q k^T.
 
 Sources: Milakov & Gimelshein 2018 (online softmax); Dao et al. 2022, Dao 2023 (tiling, the backward from out and lse);
 softcap as in Gemma 2; sinks as in gpt-oss (Xiao et al. 2023): one logit per head that joins the sum and has no value.
@@ -9,8 +9,8 @@ q_pos = k_len - q_len and k_pos = 0, which aligns causal and window masks to the
     q_len 2, k_len 4, causal:    1 1 1 0        q_len 3, k_len 1, causal:    0
                                  1 1 1 1                                     0
                                                                              1
-A query's out and lse depend on that query and the keys it sees alone, bit for bit: KV tiles of 64 keys start at multiples of 64
-in positions, and no sum depends on how many queries share a call, on their neighbours, or on the thread count.
+A query's out and lse depend on that query and the keys it sees alone, bit for bit: KV tiles of 64 keys start at multiples of
+64 in positions, and no sum depends on how many queries share a call, on their neighbours, or on the thread count.
 FLOPs: 4 d per query head and visible pair forward, 10 d backward. Bytes: q, k, v, out once; K and V once per 96 rows.
 Not supported: dropout, ALiBi or another bias, head_dim of v unlike that of k, a CUDA kernel (not there yet).
 """
@@ -23,13 +23,13 @@ from swiftk.kernels._checks import check_floating, check_isa, check_shape, refus
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
 
 REFERENCE = "swiftk.kernels.attention.varlen.varlen_attention_ref"
-FOREIGN_BACKENDS = {"flash_attn": "the flash-attn package and a CUDA device", "cudnn": "the nvidia-cudnn-frontend package and a CUDA device"}
+FOREIGN_BACKENDS = {"flash_attn": "flash-attn", "cudnn": "nvidia-cudnn-frontend"}  # and the package each will need
 
 
 # --- reference ---------------------------------------------------------------------------------------------------
 
 
-def attend_ref(q, k, v, q_pos: int, k_pos: int, causal: bool, scale: float, window_size: tuple[int, int], softcap: float, sinks):
+def attend_ref(q, k, v, q_pos: int, k_pos: int, causal: bool, scale: float, window_size, softcap: float, sinks):
     """One segment: q (m, heads, d), k, v (n, kv_heads, d), sinks (heads,) or None -> out (m, heads, d), lse (heads, m)."""
     group = q.shape[1] // k.shape[1]
     s = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * scale
@@ -62,9 +62,8 @@ def varlen_attention_ref(
     extra = None if sinks is None else sinks.to(acc)
     outs, lses = [], []
     for q0, q1, k0, k1 in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
-        out, lse = attend_ref(
-            q[q0:q1].to(acc), k[k0:k1].to(acc), v[k0:k1].to(acc), (k1 - k0) - (q1 - q0), 0, causal, scale, window_size, softcap, extra
-        )
+        qi, ki, vi = q[q0:q1].to(acc), k[k0:k1].to(acc), v[k0:k1].to(acc)
+        out, lse = attend_ref(qi, ki, vi, len(ki) - len(qi), 0, causal, scale, window_size, softcap, extra)
         outs.append(out)
         lses.append(lse)
     tail = q.shape[0] - cu_q[-1]
@@ -85,29 +84,41 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _options(q, k, softmax_scale, softcap, left, right):
-    return q.shape[1], k.shape[1], q.shape[2], softmax_scale, softcap, left, right
+def _address(x: torch.Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
-def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
-    """(left, right) with causal folded in: it is a window that ends at the query."""
-    return window_size[0], 0 if causal else window_size[1]
+def _table(table: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int, int]:
+    """Segments (S, 6), or (cu_seqlens_q, cu_seqlens_k), as the native calls take them."""
+    if isinstance(table, tuple):
+        return table[0].data_ptr(), table[1].data_ptr(), table[0].numel() - 1
+    return table.data_ptr(), 0, table.shape[0]
 
 
-def varlen_attention_out(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    sinks: torch.Tensor | None, softmax_scale: float, softcap: float, left: int, right: int, out: torch.Tensor, lse: torch.Tensor,
-    isa: str = "auto",
-) -> None:  # fmt: skip
-    """Writes the rows of out and lse that belong to a document; no autograd, no checks beyond the values of cu_seqlens.
+def attention_out(q, k, v, table, sinks, softmax_scale, softcap, left, right, out, lse, resume=False, isa="auto") -> None:
+    """Writes the rows of out and lse that a document or segment covers; the values of `table` are the only check, no autograd.
 
-    Last dimensions contiguous; out (total_q, heads, head_dim) and lse (heads, total_q) contiguous; sinks in lse's dtype;
-    left, right: the window, -1 for unlimited, right = 0 for causal.
+    q, k, v with a contiguous last dimension; the rest contiguous: out (total_q, heads, head_dim), q's or the accumulate dtype;
+    lse (heads, total_q) and sinks in the accumulate dtype, table: segments (S, 6) or (cu_seqlens_q, cu_seqlens_k).
+    left, right: the window, -1 for unlimited, right = 0 for causal. With resume, out (accumulate dtype) and lse are read first.
     """
+    options = (q.shape[1], k.shape[1], q.shape[2], softmax_scale, softcap, left, right)
     native().varlen_fwd(
-        DTYPE_CODES[q.dtype], _strides(q), _strides(k), _strides(v), q.shape[0], k.shape[0],
-        _options(q, k, softmax_scale, softcap, left, right), (cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), cu_seqlens_q.numel() - 1),
-        out.data_ptr(), out.dtype != q.dtype, False, lse.data_ptr(), 0 if sinks is None else sinks.data_ptr(), threads(), isa,
+        DTYPE_CODES[q.dtype], _strides(q), _strides(k), _strides(v), q.shape[0], k.shape[0], options, _table(table),
+        out.data_ptr(), out.dtype != q.dtype, resume, lse.data_ptr(), _address(sinks), threads(), isa,
+    )  # fmt: skip
+
+
+def attention_backward_out(
+    dout, dlse, q, k, v, out, lse, table, sinks, softmax_scale, softcap, left, right, dq, dk, dv, dsinks, isa="auto"
+) -> None:
+    """Adds to dq, dk, dv and dsinks (accumulate dtype, contiguous; dsinks and dlse may be None) what the table's pairs give."""
+    options = (q.shape[1], k.shape[1], q.shape[2], softmax_scale, softcap, left, right)
+    rows = torch.empty(2, *lse.shape, dtype=lse.dtype)  # two numbers a row, filled by the call
+    native().varlen_bwd(
+        DTYPE_CODES[q.dtype], _strides(dout), _strides(q), _strides(k), _strides(v), q.shape[0], k.shape[0], options,
+        _table(table), out.data_ptr(), out.dtype != q.dtype, lse.data_ptr(), _address(dlse), _address(sinks), rows.data_ptr(),
+        dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), _address(dsinks), threads(), isa,
     )  # fmt: skip
 
 
@@ -120,20 +131,20 @@ torch.library.define(
 )
 torch.library.define(
     "swiftk::varlen_attention_bwd",
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-    "Tensor? sinks, float softmax_scale, float softcap, int left, int right, str isa) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens_q, "
+    "Tensor cu_seqlens_k, Tensor? sinks, float softmax_scale, float softcap, int left, int right, str isa) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
 )
 
 
 @torch.library.register_kernel("swiftk::varlen_attention_fwd", "cpu")
 def _fwd_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
-    acc, end = acc_dtype(q.dtype), int(cu_seqlens_q[-1])
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=acc)
-    varlen_attention_out(
-        _rows(q), _rows(k), _rows(v), cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), None if sinks is None else sinks.to(acc),
-        softmax_scale, softcap, left, right, out, lse, isa,
-    )  # fmt: skip
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=acc_dtype(q.dtype))
+    table = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+    wide_sinks = None if sinks is None else sinks.to(lse.dtype).contiguous()
+    attention_out(_rows(q), _rows(k), _rows(v), table, wide_sinks, softmax_scale, softcap, left, right, out, lse, isa=isa)
+    end = int(cu_seqlens_q[-1])
     if end < q.shape[0]:  # tokens that belong to no document
         out[end:] = 0.0
         lse[:, end:] = float("-inf")
@@ -142,12 +153,11 @@ def _fwd_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap,
 
 @torch.library.register_kernel("swiftk::varlen_attention_bwd", "cpu")
 def _bwd_cpu(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
-    acc = acc_dtype(q.dtype)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=acc) for x in (q, k, v))
-    dsinks = torch.zeros(0 if sinks is None else q.shape[1], dtype=acc)
-    _backward_into(
+    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
+    dsinks = torch.zeros(0 if sinks is None else q.shape[1], dtype=lse.dtype)
+    attention_backward_out(
         _rows(dout), None if dlse is None else dlse.contiguous(), _rows(q), _rows(k), _rows(v), out, lse,
-        (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()), None if sinks is None else sinks.to(acc).contiguous(),
+        (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()), None if sinks is None else sinks.to(lse.dtype).contiguous(),
         softmax_scale, softcap, left, right, dq, dk, dv, None if sinks is None else dsinks, isa,
     )  # fmt: skip
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks if sinks is None else dsinks.to(sinks.dtype)
@@ -195,25 +205,6 @@ torch.library.register_autograd("swiftk::varlen_attention_fwd", _backward, setup
 refuse_double_backward("varlen_attention", "swiftk::varlen_attention_bwd", REFERENCE)
 
 
-# --- segments: resumable, without autograd -----------------------------------------------------------------------
-
-
-def _table(table: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> tuple[int, int, int]:
-    if isinstance(table, tuple):
-        return table[0].data_ptr(), table[1].data_ptr(), table[0].numel() - 1
-    return table.data_ptr(), 0, table.shape[0]
-
-
-def _backward_into(dout, dlse, q, k, v, out, lse, table, sinks, softmax_scale, softcap, left, right, dq, dk, dv, dsinks, isa) -> None:
-    scratch = torch.empty(2, *lse.shape, dtype=lse.dtype)
-    native().varlen_bwd(
-        DTYPE_CODES[q.dtype], _strides(dout), _strides(q), _strides(k), _strides(v), q.shape[0], k.shape[0],
-        _options(q, k, softmax_scale, softcap, left, right), _table(table), out.data_ptr(), out.dtype != q.dtype, lse.data_ptr(),
-        0 if dlse is None else dlse.data_ptr(), 0 if sinks is None else sinks.data_ptr(), scratch.data_ptr(), dq.data_ptr(),
-        dk.data_ptr(), dv.data_ptr(), 0 if dsinks is None else dsinks.data_ptr(), threads(), isa,
-    )  # fmt: skip
-
-
 # --- public ------------------------------------------------------------------------------------------------------
 
 
@@ -228,13 +219,14 @@ def _check(op: str, q, k, v, window_size, softcap: float, sinks, isa: str) -> No
     if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{op}: q has {q.shape[1]} heads, wants a multiple of the {k.shape[1]} heads of k and v")
     if len(window_size) != 2 or min(window_size) < -1:
-        raise ValueError(f"{op}: window_size has {tuple(window_size)}, wants (left, right), each at least 0, or -1 for unlimited")
+        raise ValueError(f"{op}: window_size has {tuple(window_size)}, wants (left, right), each >= 0, or -1 for unlimited")
     if not 0.0 <= softcap < float("inf"):
         raise ValueError(f"{op}: softcap has {softcap}, wants a finite number >= 0 (0 for none)")
     if sinks is not None:
         check_shape(op, "sinks", sinks, (q.shape[1],), f"q {tuple(q.shape)}")
         if sinks.dtype not in (q.dtype, acc_dtype(q.dtype)) or sinks.device != q.device:
-            raise ValueError(f"{op}: sinks has {sinks.dtype} on {sinks.device}, wants {q.dtype} or {acc_dtype(q.dtype)} on {q.device}")
+            wants = f"{q.dtype} or {acc_dtype(q.dtype)} on {q.device}"
+            raise ValueError(f"{op}: sinks has {sinks.dtype} on {sinks.device}, wants {wants}")
 
 
 def _check_int32(op: str, name: str, tensor: torch.Tensor, q: torch.Tensor, shape: str, fits: bool) -> None:
@@ -246,6 +238,27 @@ def _check_int32(op: str, name: str, tensor: torch.Tensor, q: torch.Tensor, shap
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, wants {shape}")
 
 
+def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
+    """(left, right) with causal folded in: it is a window that ends at the query."""
+    return window_size[0], 0 if causal else window_size[1]
+
+
+def _check_segments(op: str, segments: torch.Tensor, q: torch.Tensor) -> None:
+    if q.device.type != "cpu":
+        no_cuda_kernel(op, REFERENCE)
+    _check_int32(op, "segments", segments, q, "(S, 6)", segments.dim() == 2 and segments.shape[1] == 6)
+
+
+def _check_state(op: str, q: torch.Tensor, **tensors: tuple[torch.Tensor, tuple[int, ...]]) -> None:
+    """Tensors that are read and written in place: accumulate dtype, contiguous."""
+    acc = acc_dtype(q.dtype)
+    for name, (x, shape) in tensors.items():
+        check_shape(op, name, x, shape, f"q {tuple(q.shape)}")
+        if x.dtype != acc or x.device != q.device or not x.is_contiguous():
+            have = f"{x.dtype} on {x.device}, strides {x.stride()}"
+            raise ValueError(f"{op}: {name} has {have}, wants {acc} on {q.device}, contiguous")
+
+
 def varlen_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor | None = None, *,
     causal: bool = False, softmax_scale: float | None = None, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
@@ -254,26 +267,26 @@ def varlen_attention(
     """Attention of each packed document to itself, differentiable in q, k, v and sinks, through out and lse.
 
     Args:
-        q: (total_q, heads, head_dim), bf16, fp32 or fp64, head_dim 1 to 512; any strides (a contiguous last dimension is not copied).
-        k, v: (total_k, kv_heads, head_dim) like q; heads is a multiple of kv_heads, query head h reads KV head h // (heads / kv_heads).
-        cu_seqlens_q: int32 (documents + 1,), from 0, not decreasing; document i is q[cu[i] : cu[i + 1]]. Empty ones are allowed, and
-            tokens past cu_seqlens[-1] belong to no document: out 0, lse -inf, gradients 0.
+        q: (total_q, heads, head_dim), bf16, fp32 or fp64, head_dim 1 to 512; any strides (last one 1: no copy).
+        k, v: (total_k, kv_heads, head_dim) like q; query head h reads KV head h // (heads / kv_heads).
+        cu_seqlens_q: int32 (documents + 1,), from 0, not decreasing; document i is q[cu[i] : cu[i + 1]], possibly empty.
+            Tokens past cu_seqlens[-1] belong to no document: out 0, lse -inf, gradients 0.
         cu_seqlens_k: the same for k and v; None for cu_seqlens_q. Document i of q sees document i of k.
         causal: query i of m sees keys up to i + n - m of n (aligned bottom-right).
         softmax_scale: None for head_dim ** -0.5.
         window_size: (left, right), keys before and after the query's position that it sees; -1 for unlimited.
         softcap: scores become softcap tanh(x / softcap); 0 for none.
         sinks: (heads,), a logit per head that joins the softmax without a value; q's or the accumulate dtype.
-        return_lse: also return lse (heads, total_q), natural log, without the sink, fp32 (fp64 for fp64); -inf where no key is seen.
+        return_lse: also return lse (heads, total_q): natural log, without the sink, in fp32 (fp64 for fp64), differentiable.
         backend: "swiftk".
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
-    Returns: out like q, contiguous, 0 where no key is seen; with return_lse (out, lse).
-    Raises: ValueError for a wrong shape, dtype, device, option or cu_seqlens; NotImplementedError on CUDA or for another backend.
+    Returns: out like q, contiguous; with return_lse (out, lse). A query that sees no key has out 0 and lse -inf.
+    Raises: ValueError for a wrong shape, dtype, device, option or cu_seqlens; NotImplementedError on CUDA, for other backends.
     """
     op = "varlen_attention"
     if backend in FOREIGN_BACKENDS:
-        needs = FOREIGN_BACKENDS[backend]
-        raise NotImplementedError(f"{op}: backend {backend!r} is not there yet (it will need {needs}); use backend='swiftk'")
+        needs = f"it will need CUDA and the package {FOREIGN_BACKENDS[backend]}"
+        raise NotImplementedError(f"{op}: backend {backend!r} is not there yet ({needs}); use backend='swiftk'")
     if backend != "swiftk":
         raise ValueError(f"{op}: backend has {backend!r}, wants swiftk, {' or '.join(FOREIGN_BACKENDS)}")
     _check(op, q, k, v, window_size, softcap, sinks, isa)
@@ -284,5 +297,89 @@ def varlen_attention(
     check_shape(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), f"cu_seqlens_q {tuple(cu_seqlens_q.shape)}")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     left, right = _window(causal, window_size)
-    out, lse = torch.ops.swiftk.varlen_attention_fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, scale, float(softcap), left, right, isa)
+    out, lse = torch.ops.swiftk.varlen_attention_fwd(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, scale, float(softcap), left, right, isa
+    )
     return (out, lse) if return_lse else out
+
+
+def segment_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: torch.Tensor, *, causal: bool = False,
+    softmax_scale: float | None = None, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    sinks: torch.Tensor | None = None, out: torch.Tensor | None = None, lse: torch.Tensor | None = None,
+    return_lse: bool = True, isa: str = "auto",
+):  # fmt: skip
+    """Attention of ranges of queries to ranges of keys, resumable: the step of a ring, of paged prefill. No autograd.
+
+    Given out and lse of earlier calls, it updates them in place as if this call's keys had been among theirs. That is close to
+    one pass, not bit-equal (each call normalises once more), with rounding in the accumulate dtype alone.
+
+    Args:
+        q, k, v, causal, softmax_scale, window_size, softcap, isa: as in `varlen_attention`.
+        segments: int32 (S, 6) on the CPU, rows (q_start, q_len, k_start, k_len, q_pos, k_pos): query i of the row has position
+            q_pos + i, key j position k_pos + j >= 0; causal keeps k_pos + j <= q_pos + i, windows are in positions. Queries of
+            two rows are disjoint within a call; keys may overlap.
+        sinks: (heads,), applied to the queries that the segments cover, in this call. Pass them in the last call only: out with
+            sinks cannot be resumed. Rows with k_len 0 apply them where no last call can be named.
+        out, lse: None in the first call, else both: (total_q, heads, head_dim), (heads, total_q), accumulate dtype, contiguous.
+        return_lse: False to return out alone.
+    Returns: out, accumulate dtype (0 where no key has been seen), and lse (-inf there), without the sink.
+    Raises: ValueError for a wrong shape, dtype, device, option or segment, or where autograd would record.
+    """
+    op = "segment_attention"
+    _check(op, q, k, v, window_size, softcap, sinks, isa)
+    _check_segments(op, segments, q)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, sinks)):
+        raise ValueError(f"{op}: q, k, v or sinks has requires_grad, wants torch.no_grad(); use segment_attention_backward")
+    if (out is None) != (lse is None):
+        raise ValueError(f"{op}: {'out' if out is None else 'lse'} has None, wants both of the earlier calls, or neither")
+    resume, acc = out is not None, acc_dtype(q.dtype)
+    if out is None or lse is None:
+        out = q.new_zeros(q.shape, dtype=acc)
+        lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=acc)
+    _check_state(op, q, out=(out, tuple(q.shape)), lse=(lse, (q.shape[1], q.shape[0])))
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    wide_sinks = None if sinks is None else sinks.detach().to(acc).contiguous()
+    left, right = _window(causal, window_size)
+    rows = (_rows(q), _rows(k), _rows(v))
+    attention_out(*rows, segments.contiguous(), wide_sinks, scale, float(softcap), left, right, out, lse, resume, isa)
+    return (out, lse) if return_lse else out
+
+
+def segment_attention_backward(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    segments: torch.Tensor, *, dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, dsinks: torch.Tensor | None = None,
+    dlse: torch.Tensor | None = None, causal: bool = False, softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, sinks: torch.Tensor | None = None, isa: str = "auto",
+) -> None:  # fmt: skip
+    """Adds the gradients of one `segment_attention` call to dq, dk, dv, given the *final* out and lse of all of them.
+
+    Args:
+        dout: gradient of the final out, like q. dlse: of the final lse, (heads, total_q), or None.
+        out, lse: as the last call returned them (with the sink in out, without it in lse), accumulate dtype.
+        dq, dk, dv: like q, k, v in the accumulate dtype, contiguous; added to in a fixed order (bitwise repeatable).
+        sinks: in every call, if they are in out. dsinks: (heads,), accumulate dtype, added to: pass it in one call per query,
+            because each call has the sink's whole gradient for the queries that its segments cover.
+        The rest: as in that call of `segment_attention`.
+    Raises: ValueError as `segment_attention` does.
+    """
+    op = "segment_attention_backward"
+    _check(op, q, k, v, window_size, softcap, sinks, isa)
+    _check_segments(op, segments, q)
+    check_floating(op, q=q, dout=dout)
+    check_shape(op, "dout", dout, tuple(q.shape), f"q {tuple(q.shape)}")
+    of_lse, of_k = (q.shape[1], q.shape[0]), tuple(k.shape)
+    _check_state(op, q, out=(out, tuple(q.shape)), lse=(lse, of_lse), dq=(dq, tuple(q.shape)), dk=(dk, of_k), dv=(dv, of_k))
+    if dlse is not None:
+        _check_state(op, q, dlse=(dlse, of_lse))
+    if dsinks is not None:
+        _check_state(op, q, dsinks=(dsinks, (q.shape[1],)))
+        if sinks is None:
+            raise ValueError(f"{op}: sinks has None, wants the sinks that dsinks is the gradient of")
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    wide_sinks = None if sinks is None else sinks.detach().to(lse.dtype).contiguous()
+    left, right = _window(causal, window_size)
+    attention_backward_out(
+        _rows(dout), dlse, _rows(q), _rows(k), _rows(v), out, lse, segments.contiguous(), wide_sinks, scale, float(softcap),
+        left, right, dq, dk, dv, dsinks, isa,
+    )  # fmt: skip
