@@ -1,4 +1,4 @@
-"""What the model will see and what it is trained on, before anything is trained: `--preview N`, and the summary of a run."""
+"""What the model will see and what it is trained on, before anything is trained: `--preview N`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from swiftk.trainer.data import Dataset, token_statistics
+from swiftk.trainer.data import Dataset
 from swiftk.trainer.packing import BatchPlan
 from swiftk.trainer.template import Encoded
 
@@ -58,26 +58,3 @@ def preview(
                 line.append(shown, style=(TRAINED if trained else MASKED) if colour else "")
             console.print(line, soft_wrap=True)
             begin = end
-
-
-def summary(dataset: Dataset, plan: BatchPlan) -> str:
-    """Three lines for the start of a run: rows and what became of them, lengths in tokens, packs and steps."""
-    report, stats = dataset.report, token_statistics(plan.lengths)
-    words = {
-        "skipped": "skipped",
-        "too_long": "longer than max_length",
-        "untrained": "nothing to train",
-        "held_out": "held out",
-    }
-    losses = [f"{report[key]:,} {word}" for key, word in words.items() if report.get(key)]
-    share = report["trained_tokens"] / report["tokens"]
-    lengths = ", ".join(f"{key} {stats[key]:,.0f}" for key in ("min", "mean", "median", "p95", "max"))
-    if plan.packing_length:
-        packs = f"{plan.num_packs:,} packs of {plan.packing_length:,} tokens, {plan.efficiency:.1%} full"
-    else:
-        packs = f"{plan.num_packs:,} rows, not packed, not padded"
-    return (
-        f"rows: {report['rows']:,} of {report['read']:,} read{''.join(', ' + loss for loss in losses)}\n"
-        f"tokens: {report['tokens']:,}, {share:.1%} trained; of a row: {lengths}\n"
-        f"order: {packs}, {plan.steps_per_epoch():,} steps an epoch"
-    )

@@ -208,7 +208,9 @@ def _json_line(line: bytes) -> Any:
         return RowError(f"is not UTF-8: byte {line[error.start]:#04x} at position {error.start}")
     except json.JSONDecodeError as error:
         cut = "; the file ends in the middle of this line" if not line.endswith(b"\n") else ""
-        return RowError(f"is not JSON ({error.msg} at column {error.colno}): {_seen(error.doc.rstrip())}{cut}")
+        return RowError(
+            f"is not JSON ({error.msg.removesuffix(' at')} at column {error.colno}): {_seen(error.doc.rstrip())}{cut}"
+        )
 
 
 def _read_text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What --preview prints, on a terminal and elsewhere, and the summary of a run."""
+"""What --preview prints, on a terminal and elsewhere."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from swiftk.config import DataConfig
 from swiftk.trainer.data import load_splits
 from swiftk.trainer.packing import BatchPlan
-from swiftk.trainer.preview import preview, segments, summary
+from swiftk.trainer.preview import preview, segments
 from swiftk.trainer.tokenizer import train_tokenizer
 
 TOKENIZER = train_tokenizer(["question answer"] * 9, 262)
@@ -68,15 +68,3 @@ def test_segments_are_the_row(packed):
     assert [trained for _, trained in parts] == [False, True, False]
     row.loss_mask[:] = True
     assert [trained for _, trained in segments(row, TOKENIZER)] == [False, True]  # the first token is no label
-
-
-def test_summary(packed):
-    dataset, plan = packed
-    lines = summary(dataset, plan).split("\n")
-    assert lines[0] == "rows: 5 of 6 read, 1 held out"
-    assert lines[1].startswith(f"tokens: {dataset.lengths.sum():,}, ") and "% trained; of a row: min " in lines[1]
-    assert lines[2].startswith(f"order: {plan.num_packs} packs of {plan.packing_length} tokens, ") and lines[2].endswith(
-        "% full, 2 steps an epoch"
-    )
-    alone = BatchPlan(dataset.lengths, packing_length=None, micro_batch_size=1, global_batch_size=2, seed=0)
-    assert summary(dataset, alone).split("\n")[2] == "order: 5 rows, not packed, not padded, 3 steps an epoch"

@@ -120,6 +120,12 @@ def test_white_space_of_a_reply_is_trained_where_the_template_keeps_it():
     assert trained_texts(messages, TOKENIZERS["qwen3"]) == ["  two\n\n<|im_end|>"]
 
 
+def test_white_space_that_a_tokenizer_leaves_out_of_its_offsets():
+    tokenizer = tokenizer_of(CHATML, trim_offsets=True)
+    assert None in [tokenizer("a  b", return_offsets_mapping=True).encodings[0].char_to_token(i) for i in range(4)]
+    assert trained_texts([user("u"), reply("  two ")], tokenizer) == ["  two <|im_end|>"]
+
+
 def test_think_blocks():
     qwen3, thought = TOKENIZERS["qwen3"], "<think>\nhm\n</think>\n\nyes"
     # no reasoning: the template's own empty block is no reply; it is not there when other turns follow
@@ -263,6 +269,7 @@ END = "<|im_end|>\n{% endfor %}"
         (LOOP + "{% if m['role'] == 'user' or loop.last %}{{ m['content'] }}{% endif %}" + END, "message 2 .* leaves it out"),
         ("{{ messages[1]['content'] | length }}" + LOOP + "{{ m['content'] }}" + END, "message 2 .* it depends on a reply"),
         (LOOP + "{{ m['content'] }}" + END + "{{ messages[1]['content'] | length }}", r"message 4 .* depends on a reply"),
+        (LOOP + "{{ m['content'] }}" + END + "{{ '!' if messages[1]['content'] | length > 5 }}", "message 4 .* end of the"),
         (LOOP + "{{ m['content'] }}{{ '<|im_end|>' if loop.last }}\n{% endfor %}", "message 2 .* no end-of-turn token follows"),
     ],
 )  # fmt: skip
@@ -291,6 +298,16 @@ def test_other_refusals():
     # one bad row leaves the others of a batch alone
     bad, good = encode_batch([[reply("b"), user("a")], [user("a"), reply("b")]], TOKENIZERS["mistral"], "sft")
     assert isinstance(bad, ValueError) and good.loss_mask.sum() == 2
+
+
+def test_a_token_shared_with_the_template_is_refused():
+    """A colon of the template and a bracket of the reply, where the vocabulary has ":)" as one token."""
+    tokenizer = train_tokenizer(["a:) b:) c:)"] * 9, 260)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|im_end|>{% endfor %}"
+    assert ":)" in tokenizer.get_vocab()
+    assert trained_texts([user(")"), reply("b")], tokenizer) == ["b<|im_end|>"]
+    with pytest.raises(ValueError, match=r"message 2 \(assistant\).* its first token also holds ':' of the text before it"):
+        encode([user("a"), reply(") b")], tokenizer, "sft")
 
 
 # --- pre-training ------------------------------------------------------------------------------------------------
