@@ -10,6 +10,7 @@ from swiftk.model import Model, ModelConfig
 from swiftk.model.parameters import initial_value, param_specs
 from swiftk.parallel.comm import SingleComm
 from swiftk.parallel.mesh import Axis, Mesh
+from swiftk.parallel.spec import ParamSpec
 from tests.model.families import FAMILIES
 
 
@@ -57,6 +58,8 @@ def test_first_values_follow_seed_and_name():
     assert not torch.equal(one[gate], one[gate.replace("0", "1")])
     assert abs(one[gate].std().item() / 0.02 - 1) < 0.03 and abs(one[gate].mean().item()) < 1e-3
     assert torch.equal(one["model.norm.weight"], torch.ones(256))
+    rows = initial_value(ParamSpec.replicated("several.blocks", (600, 256)), 1, 1.0)
+    assert len(rows[:, 0].unique()) > 590  # no block repeats another
     double = dict(Model(config, Mesh.single(), seed=1, compute_dtype=torch.float64).named_parameters())
     assert torch.equal(double[gate], one[gate].double())
 

@@ -161,10 +161,10 @@ def test_head_weight_of_tied_embeddings_is_the_embedding():
     assert model.head_weight is model.model.embed_tokens.weight and model.lm_head is None
 
 
-def compiled_equals_eager(backend):
+def compiled_equals_eager(backend, recompute):
     config = ModelConfig.from_hf(FAMILIES["qwen3"].to_dict())
     batch, dy = pack(9, 1, 14), torch.randn(24, 97)
-    model = Model(config, Mesh.single(), recompute="none")
+    model = Model(config, Mesh.single(), recompute=recompute)
     eager = logits_and_gradients(model, batch, dy)
     model.forward = torch.compile(model.forward, fullgraph=True, backend=backend)
     compiled = logits_and_gradients(model, batch, dy)
@@ -173,13 +173,14 @@ def compiled_equals_eager(backend):
 
 @WAITS
 def test_compiles_as_one_graph():
-    compiled_equals_eager("aot_eager")
+    compiled_equals_eager("aot_eager", "selective")
 
 
 @WAITS
 @pytest.mark.long
-def test_compiles_with_inductor():
-    compiled_equals_eager("inductor")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiles_with_inductor(recompute):
+    compiled_equals_eager("inductor", recompute)
 
 
 def test_errors():
