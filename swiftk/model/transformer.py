@@ -8,7 +8,7 @@ and cast to the compute dtype at use; frozen ones are stored in the compute dtyp
 the hidden states is row-invariant (swiftk kernels, gathers, elementwise + and *): a token's hidden state depends on the
 tokens of its document up to it, bit for bit, whether they come packed, alone or one at a time over a cache.
 
-Activations kept for the backward per token and block, in elements (D query, K key/value and I inner features, H hidden):
+Activations kept for the backward per token and block, in elements (D query, K key and I inner features, H hidden), Qwen3:
     none       4 H + 3 D + 3 K + 3 I  everything
     selective  3 H + 2 D + 2 K + 2 I  outputs of linears and attention; norms, rope and swiglu, which only move bytes, again
     full       H                      the block's input; the whole block again
