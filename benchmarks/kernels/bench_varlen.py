@@ -25,31 +25,35 @@ def sdpa_documents(q, k, v, lens):
     """One call per document; (tokens, heads, dim) as varlen_attention has it, so no copy is charged to it."""
     outs, start = [], 0
     for n in lens:
-        one = [x[start : start + n].transpose(0, 1)[None] for x in (q, k, v)]
-        outs.append(scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
+        qi, ki, vi = (x[start : start + n].transpose(0, 1)[None] for x in (q, k, v))
+        outs.append(scaled_dot_product_attention(qi, ki, vi, is_causal=True, enable_gqa=True)[0].transpose(0, 1))
         start += n
     return torch.cat(outs)
 
 
 def sdpa_dense(q, k, v, lens):
-    batch = [x.view(len(lens), lens[0], *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
-    return scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True).transpose(1, 2).reshape(q.shape)
+    qb, kb, vb = (x.view(len(lens), lens[0], *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    return scaled_dot_product_attention(qb, kb, vb, is_causal=True, enable_gqa=True).transpose(1, 2).reshape(q.shape)
 
 
 def grads(f, leaves, dout):
     return torch.autograd.grad(f(*leaves), leaves, dout)
 
 
+def reference(q, k, v, cu):
+    return varlen_attention_ref(q, k, v, cu, causal=True)[0]
+
+
 def check_out(out, qkv, cu):
-    exact = varlen_attention_ref(*(x.double() for x in qkv), cu, causal=True)[0]
-    assert_accurate(out, varlen_attention_ref(*qkv, cu, causal=True)[0], exact)
+    q, k, v = qkv
+    assert_accurate(out, reference(q, k, v, cu), reference(q.double(), k.double(), v.double(), cu))
 
 
 def check_grads(got, qkv, cu, dout):
     results = []
     for cast in (dout.dtype, torch.float64):
         leaves = [x.to(cast).requires_grad_() for x in qkv]
-        results.append(grads(lambda *x: varlen_attention_ref(*x, cu, causal=True)[0], leaves, dout.to(cast)))
+        results.append(grads(partial(reference, cu=cu), leaves, dout.to(cast)))
     for ours, plain, exact in zip(got, *results, strict=True):
         assert_accurate(ours, plain, exact)
 
@@ -70,8 +74,8 @@ def cases(options: Options) -> Iterator[Case]:
             if len(lens) > 1 and len(set(lens)) == 1:
                 peers["sdpa dense"] = partial(sdpa_dense, lens=lens)
             yield Case(
-                op="varlen", name=f"fwd {shape}", dtype=dtype, run=partial(ours, *qkv), check=partial(check_out, qkv=qkv, cu=cu),
-                bytes=moved, flops=flops, goal="faster than sdpa", peers={name: partial(f, *qkv) for name, f in peers.items()},
+                op="varlen", name=f"fwd {shape}", dtype=dtype, run=partial(ours, *qkv),
+                check=partial(check_out, qkv=qkv, cu=cu), bytes=moved, flops=flops, goal="faster than sdpa", peers={name: partial(f, *qkv) for name, f in peers.items()},
             )  # fmt: skip
             yield Case(
                 op="varlen", name=f"fwd+bwd {shape}", dtype=dtype, run=partial(grads, ours, leaves, dout),

@@ -64,9 +64,9 @@ def _contiguous(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 @torch.library.register_kernel("swiftk::merge_attention_fwd", "cpu")
 def _fwd_cpu(out_a, lse_a, out_b, lse_b, isa):
-    inputs = _contiguous(out_a, lse_a, out_b, lse_b)
-    out, lse = torch.empty_like(inputs[0]), torch.empty_like(inputs[1])
-    merge_attention_out(*inputs, out, lse, isa)
+    out_a, lse_a, out_b, lse_b = _contiguous(out_a, lse_a, out_b, lse_b)
+    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
+    merge_attention_out(out_a, lse_a, out_b, lse_b, out, lse, isa)
     return out, lse
 
 
