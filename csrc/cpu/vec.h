@@ -12,6 +12,7 @@
 //   Dot<T>            how T enters a dot product: load(p, parts) reads `step` consecutive elements into registers of the
 //                     packed type P, so that packed and unpacked operands give the same sums (kernels/linear.py)
 //   exp(v)            relative error below 3e-7 (float), 2e-15 (double); exp(-inf) = 0, exp(NaN) = NaN
+//   transpose(r)      r[0], ..., r[width - 1] as the rows of a square
 //   tanh(v)           relative error below 4e-7 (float), 3e-15 (double), for small arguments too
 //   select_less(a, b, x, y)   a < b ? x : y; y where a or b is NaN
 //
@@ -396,6 +397,33 @@ template <> struct Dot<bf16> {  // lane l takes elements 2l, then 2l + 1 of each
   }
 };
 #endif
+
+#if SWIFTK_ISA == 1
+inline void transpose(Vec<float>* r) {  // 2 x 2 blocks, then 4 x 4, then the halves
+  __m256 t[8], u[8];
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+  for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < 2; ++j) {
+      u[4 * i + 2 * j] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + 2 + j], 0x44);
+      u[4 * i + 2 * j + 1] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + 2 + j], 0xee);
+    }
+  for (int i = 0; i < 4; ++i) {
+    r[i].v = _mm256_permute2f128_ps(u[i], u[4 + i], 0x20);
+    r[4 + i].v = _mm256_permute2f128_ps(u[i], u[4 + i], 0x31);
+  }
+}
+#endif
+template <class A> inline void transpose(Vec<A>* r) {  // through memory
+  constexpr int W = Vec<A>::width;
+  A from[W][W], to[W][W];
+  for (int i = 0; i < W; ++i) r[i].store(from[i]);
+  for (int i = 0; i < W; ++i)
+    for (int j = 0; j < W; ++j) to[i][j] = from[j][i];
+  for (int i = 0; i < W; ++i) r[i] = Vec<A>::load(to[i]);
+}
 
 // exp(x) = 2^n exp(r), n = round(x log2 e), r = x - n ln 2 in two parts, exp(r) by its Taylor polynomial on |r| <= 0.347.
 // Below -87.3 (-708) the result is 0: no subnormals, no slow path. The argument is clamped above at 88.7 (709.7).
