@@ -14,7 +14,7 @@ PYBIND11_MODULE(_swiftk_C, m) {
   });
   m.def("resolve_isa", [](const std::string& name) { (void)resolve_isa(name); });
   bind_rms_norm(m);
-  bind_linear_cross_entropy(m);
+  bind_vocab_stats(m);
   bind_varlen(m);
   bind_merge(m);
   bind_swiglu(m);

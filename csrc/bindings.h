@@ -10,7 +10,7 @@ namespace py = pybind11;
 namespace swiftk {
 
 void bind_rms_norm(py::module_& m);
-void bind_linear_cross_entropy(py::module_& m);
+void bind_vocab_stats(py::module_& m);
 void bind_varlen(py::module_& m);
 void bind_merge(py::module_& m);
 void bind_swiglu(py::module_& m);

@@ -1,36 +1,375 @@
-"""Cross entropy of a linear head without the full logits."""
+"""Cross entropy of a linear head, and the log-probabilities it is made of, without the T x V logits.
+
+    z = x W^T,  s = c tanh(z / c) with softcap c (s = z without),  lse = log sum_v exp s_v,  p_v = exp(s_v - lse)
+    loss of a token = w [lse - (1 - eps) s_label - eps mean_v s_v + zeta lse^2]     weight w, smoothing eps, z-loss zeta
+    d loss / d z_v  = w [(1 + 2 zeta lse) p_v - (1 - eps) 1(v = label) - eps / V] (1 - (s_v / c)^2)
+
+Sources: z-loss, PaLM (2022), section 5; smoothing as in torch's cross_entropy; statistics, their row invariance, softcap
+and what is skipped: swiftk.kernels.vocab_stats, on which this is built.
+
+Two ways to the gradient, `mode`:
+  fused      dX (and dW) are formed in the forward and scaled by the loss's gradient in the backward. Frozen head: two
+             products and a T x 2048 buffer, W read once per 4096 rows. Trained head: three products and a buffer of
+             1024 rows x V. The loss is one number, so its gradient is one number.
+  recompute  `vocab_stats` and a formula: the backward forms the logits again from the saved lse. Three products (four with
+             dW), a T x 2048 buffer, nothing saved beyond hidden. A gradient per token and per statistic: what vocabulary-
+             parallel callers (`cross_entropy_from_stats`), preference losses and entropy bonuses (`token_logprobs`) need.
+Rows whose label is ignore_index are never multiplied. A head that does not require a gradient costs no dW.
+Not supported: a bias of the head, class weights, soft labels, infinite logits (they give NaN), a CUDA kernel (not there yet).
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 
+from swiftk.kernels._checks import check_shape, refuse_double_backward
+from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
+from swiftk.kernels.vocab_stats import (
+    BLOCK_ROWS,
+    BUFFER_BYTES,
+    STEP,
+    KeptRows,
+    RunningStats,
+    StatsGrad,
+    VocabStats,
+    add_product,
+    address,
+    buffer_columns,
+    check_head,
+    even_blocks,
+    grads_fake,
+    logits_grad,
+    logits_out,
+    logits_ref,
+    product_dtype,
+    ranges,
+    update_stats,
+    vocab_stats,
+    vocab_stats_ref,
+)
+
+TRAINED_ROWS = 1024  # rows of full logits where dW is formed in the forward: dW is read and written once per so many rows
+
 
 class CrossEntropyStats(NamedTuple):
-    """Per token, fp32 (fp64 for fp64), shape (T,), not differentiable: what a vocab- or context-parallel caller merges."""
+    """Per token, fp32 (fp64 for fp64), shape (T,), not differentiable."""
 
-    lse: torch.Tensor  # log sum exp of the logits
-    label_logit: torch.Tensor  # logit of the label, 0 where ignored
-    correct: torch.Tensor  # bool: the label is the argmax (False where ignored)
+    lse: torch.Tensor  # log sum exp of the logits; 0 where ignored
+    label_logit: torch.Tensor  # logit of the label; 0 where ignored
+    correct: torch.Tensor  # bool: the label is the argmax, the lowest id of equal ones (False where ignored)
+    entropy: torch.Tensor | None = None  # -sum p log p in nats, where asked for; 0 where ignored
+
+
+# --- reference ---------------------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy_ref(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, token_weights: torch.Tensor | None = None,
+    ignore_index: int = -100, softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, CrossEntropyStats]:  # fmt: skip
+    """The formula on the whole T x V logits, all statistics included."""
+    stats = vocab_stats_ref(hidden, weight, labels, ignore_index=ignore_index, softcap=softcap)
+    lse, label_logit, _, logit_sum, entropy, _, argmax = stats
+    assert logit_sum is not None and entropy is not None
+    mean = logit_sum / len(weight)
+    loss = lse - (1 - label_smoothing) * label_logit - label_smoothing * mean + z_loss * lse.square()
+    loss = loss.sum() if token_weights is None else (loss * token_weights).sum()
+    correct = (argmax == labels) & (labels != ignore_index)
+    return loss, CrossEntropyStats(lse.detach(), label_logit.detach(), correct, entropy.detach())
+
+
+def token_logprobs_ref(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, softcap: float = 0.0
+) -> torch.Tensor:
+    """log p(label), (T,), from the whole T x V logits."""
+    log_p = torch.log_softmax(logits_ref(hidden, weight, softcap), -1)
+    return log_p.gather(-1, labels[:, None])[:, 0]
+
+
+# --- launchers ---------------------------------------------------------------------------------------------------
+
+
+class _Loss(NamedTuple):
+    """The constants of the loss."""
+
+    vocab_size: int
+    z_loss: float
+    label_smoothing: float
+
+    def tokens(self, lse: torch.Tensor, logprob: torch.Tensor, logit_sum: torch.Tensor | None) -> torch.Tensor:
+        loss = (self.label_smoothing - 1) * logprob
+        if logit_sum is not None:
+            loss = loss + self.label_smoothing * (lse - logit_sum / self.vocab_size)
+        return loss + self.z_loss * lse * lse if self.z_loss else loss
+
+    def coefficients(self, lse: torch.Tensor, w: torch.Tensor) -> StatsGrad:
+        """The derivative of w * tokens(...)."""
+        dsum = w * (-self.label_smoothing / self.vocab_size) if self.label_smoothing else None
+        return StatsGrad(w * (1 + 2 * self.z_loss * lse), w * (self.label_smoothing - 1), dsum, None)
+
+
+def _fused_frozen(x, weight, labels, w, loss: _Loss, softcap, entropy, isa):
+    """(running, dx): one pass over the vocabulary. With acc = sum over v of exp(s_v - m) w_v, the label's column left out,
+    dx = w [(1 + 2 zeta lse) acc / l + ((1 + 2 zeta lse) p_label - (1 - eps)) w_label - eps / V sum_v w_v].
+    """
+    (rows, hidden), vocab = x.shape, len(weight)
+    acc, product = acc_dtype(x.dtype), product_dtype(x.dtype, isa)
+    running = RunningStats.start(rows, acc, entropy, loss.label_smoothing > 0)
+    dx = torch.empty_like(x)
+    height = max((r.stop - r.start for r in even_blocks(rows, BLOCK_ROWS)), default=0)
+    buffer = torch.empty(height * min(vocab, STEP), dtype=acc)
+    copy = buffer if product == acc else torch.empty(buffer.shape, dtype=product)
+    for r in even_blocks(rows, BLOCK_ROWS):
+        out = torch.zeros(r.stop - r.start, hidden, dtype=acc)
+        here, y = running.rows(r), labels[r]
+        for c in ranges(vocab, STEP):
+            logits, g = (b[: len(out) * (c.stop - c.start)].view(len(out), -1) for b in (buffer, copy))
+            logits_out(x[r], weight[c], logits, isa)
+            native().vocab_stats_exp(
+                DTYPE_CODES[acc], DTYPE_CODES[product], address(logits), logits.stride(0), address(y), *logits.shape, c.start,
+                softcap, *map(address, here), address(g), g.stride(0), address(out), hidden, threads(), isa,
+            )  # fmt: skip
+            add_product(out, g, weight[c].to(product))
+        _, lse, logprob, _ = here.finish(y, 0, vocab)
+        d = loss.coefficients(lse, w[r])
+        at_label = d.dlse * torch.expm1(logprob) + (d.dlse + d.dlabel)  # dlse p + dlabel without the cancellation
+        if softcap:
+            at_label = at_label * ((softcap - here.label) * (softcap + here.label) / softcap**2)
+        out.mul_((d.dlse / here.l)[:, None])
+        for k in ranges(len(out), 256):  # the labels' rows of W, in a small buffer
+            out[k].addcmul_(at_label[k, None], weight[y[k]].to(acc))
+        if d.dsum is not None:
+            out.addcmul_(d.dsum[:, None], weight.sum(0, dtype=acc))
+        dx[r] = out
+    return running, dx
+
+
+def _fused_trained(x, weight, labels, w, loss: _Loss, softcap, entropy, need_dx, need_dw, isa):
+    """(running, dx, dw): a block of rows keeps its full logits, so they are multiplied once; dW is summed over the blocks."""
+    (rows, hidden), vocab = x.shape, len(weight)
+    acc, product = acc_dtype(x.dtype), product_dtype(x.dtype, isa)
+    running = RunningStats.start(rows, acc, entropy, loss.label_smoothing > 0)
+    fitting = BUFFER_BYTES // (vocab * acc.itemsize)
+    blocks = list(even_blocks(rows, min(BLOCK_ROWS, max(TRAINED_ROWS, fitting))))
+    dx = torch.empty_like(x) if need_dx else None
+    dw = torch.zeros(weight.shape, dtype=weight.dtype if len(blocks) == 1 else acc) if need_dw else None
+    height = max((r.stop - r.start for r in blocks), default=0)
+    buffer = torch.empty(height * vocab, dtype=acc)
+    for r in blocks:
+        logits = buffer[: (r.stop - r.start) * vocab].view(-1, vocab)
+        here, xp = running.rows(r), x[r].to(product)
+        out = torch.zeros(len(logits), hidden, dtype=acc) if need_dx else None
+        logits_out(x[r], weight, logits, isa)
+        update_stats(logits, labels[r], 0, softcap, here, isa)
+        log_l, lse, *_ = here.finish(labels[r], 0, vocab)
+        d = loss.coefficients(lse, w[r])
+        for c in ranges(vocab, buffer_columns(len(logits), vocab, acc)):
+            g = logits_grad(logits[:, c], labels[r], c.start, softcap, True, here.m, log_l, None, d, product, isa)
+            if out is not None:
+                add_product(out, g, weight[c].to(product))
+            if dw is not None:
+                add_product(dw[c], g.t(), xp)
+        if dx is not None and out is not None:
+            dx[r] = out
+    return running, dx, None if dw is None else dw.to(weight.dtype)
+
+
+# --- operator ----------------------------------------------------------------------------------------------------
+
+torch.library.define(
+    "swiftk::linear_cross_entropy_fwd",
+    "(Tensor hidden, Tensor weight, Tensor labels, Tensor token_weights, int ignore_index, float softcap, float z_loss, "
+    "float label_smoothing, bool with_entropy, bool need_dx, bool need_dw, str isa) -> "
+    "(Tensor loss, Tensor token_loss, Tensor dx, Tensor dw, Tensor lse, Tensor label_logit, Tensor entropy, Tensor argmax)",
+)
+torch.library.define(
+    "swiftk::linear_cross_entropy_bwd",
+    "(Tensor dloss, Tensor token_loss, Tensor dx, Tensor dw, Tensor hidden, Tensor weight) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_kernel("swiftk::linear_cross_entropy_fwd", "cpu")
+def _linear_cross_entropy_fwd_cpu(
+    hidden, weight, labels, token_weights, ignore_index, softcap, z_loss, label_smoothing, with_entropy, need_dx, need_dw, isa
+):  # fmt: skip
+    kept = KeptRows("linear_cross_entropy", labels, ignore_index, weight.shape[0])
+    x, y, weight = kept.take(hidden), kept.take(labels), weight.contiguous()
+    w = kept.take(token_weights)
+    loss = _Loss(weight.shape[0], z_loss, label_smoothing)
+    if need_dw or (softcap and label_smoothing):  # with both, smoothing's part of dx is no longer a sum over W alone
+        running, dx, dw = _fused_trained(x, weight, y, w, loss, softcap, with_entropy, need_dx, need_dw, isa)
+    else:
+        running, dx = _fused_frozen(x, weight, y, w, loss, softcap, with_entropy, isa)
+        dw = None
+    _, lse, logprob, entropy = running.finish(y, 0, len(weight))
+    token_loss = loss.tokens(lse, logprob, running.total)
+    total = kept.put(token_loss * w, lse).sum()  # over all T, as in the recompute mode
+    stats = (kept.put(t, lse) for t in (lse, running.label, entropy, running.argmax))
+    dw = weight.new_empty(0) if dw is None else dw
+    return total, kept.put(token_loss, lse), kept.put(dx, hidden), dw, *stats
+
+
+@torch.library.register_fake("swiftk::linear_cross_entropy_fwd")
+def _linear_cross_entropy_fwd_fake(
+    hidden, weight, labels, token_weights, ignore_index, softcap, z_loss, label_smoothing, with_entropy, need_dx, need_dw, isa
+):  # fmt: skip
+    def rows(present=True):
+        return hidden.new_empty(hidden.shape[0] if present else 0, dtype=acc_dtype(hidden.dtype))
+
+    loss = hidden.new_empty((), dtype=acc_dtype(hidden.dtype))
+    grads = grads_fake(hidden, weight, need_dx, need_dw)
+    return loss, rows(), *grads, rows(), rows(), rows(with_entropy), torch.empty_like(labels)
+
+
+@torch.library.register_kernel("swiftk::linear_cross_entropy_bwd", "cpu")
+def _linear_cross_entropy_bwd_cpu(dloss, token_loss, dx, dw, hidden, weight):
+    return dloss * token_loss, dx * dloss.to(dx.dtype), dw * dloss.to(dw.dtype)
+
+
+@torch.library.register_fake("swiftk::linear_cross_entropy_bwd")
+def _linear_cross_entropy_bwd_fake(dloss, token_loss, dx, dw, hidden, weight):
+    return torch.empty_like(token_loss), torch.empty_like(dx), torch.empty_like(dw)
+
+
+@torch.library.register_kernel("swiftk::linear_cross_entropy_fwd", "cuda")
+def _linear_cross_entropy_fwd_cuda(*args):
+    no_cuda_kernel("linear_cross_entropy")
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+def _loss_setup_context(ctx, inputs, output):
+    _, token_loss, dx, dw, *stats = output
+    hidden, weight = inputs[:2]
+    ctx.save_for_backward(token_loss, dx, dw, hidden, weight)
+    ctx.mark_non_differentiable(token_loss, dx, dw, *stats)
+
+
+def _loss_backward(ctx, dloss, *_):
+    # hidden and weight go along for the sake of the derivative of this derivative, which is refused
+    dtoken_weights, dx, dw = torch.ops.swiftk.linear_cross_entropy_bwd(dloss, *ctx.saved_tensors)
+    need_dx, need_dw, _, need_weights = ctx.needs_input_grad[:4]
+    return dx if need_dx else None, dw if need_dw else None, None, dtoken_weights if need_weights else None, *[None] * 8
+
+
+torch.library.register_autograd("swiftk::linear_cross_entropy_fwd", _loss_backward, setup_context=_loss_setup_context)
+refuse_double_backward("linear_cross_entropy", "swiftk::linear_cross_entropy_bwd")
+
+
+# --- public ------------------------------------------------------------------------------------------------------
+
+
+def cross_entropy_from_stats(
+    stats: VocabStats, labels: torch.Tensor, vocab_size: int, *, token_weights: torch.Tensor | None = None,
+    ignore_index: int = -100, z_loss: float = 0.0, label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, CrossEntropyStats]:  # fmt: skip
+    """The loss of `linear_cross_entropy` from the statistics of the whole vocabulary; label_smoothing needs logit_sum."""
+    if label_smoothing and stats.logit_sum is None:
+        raise ValueError(
+            "cross_entropy_from_stats: stats.logit_sum has None, label_smoothing needs vocab_stats(logit_sum=True)"
+        )
+    keep = labels != ignore_index
+    loss = _Loss(vocab_size, z_loss, label_smoothing)
+    tokens = loss.tokens(stats.lse, stats.logprob, stats.logit_sum if label_smoothing else None)
+    if token_weights is not None:
+        tokens = tokens * token_weights.to(tokens.dtype)
+    entropy = None if stats.entropy is None else stats.entropy.detach().where(keep, 0)
+    correct = (stats.argmax == labels) & keep
+    return tokens.where(keep, 0).sum(), CrossEntropyStats(
+        stats.lse.detach().where(keep, 0), stats.label_logit.detach(), correct, entropy
+    )
 
 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, token_weights: torch.Tensor | None = None,
-    ignore_index: int = -100, softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0, isa: str = "auto",
-) -> tuple[torch.Tensor, CrossEntropyStats]:
-    """hidden (T, H), weight (V, H), labels (T,) int64 -> (sum of the token losses, stats). T x V is materialised here."""
-    logits = torch.nn.functional.linear(hidden, weight).float()
-    keep = labels != ignore_index
-    safe = labels.clamp_min(0)
-    lse = torch.logsumexp(logits, -1)
-    label_logit = logits.gather(-1, safe[:, None])[:, 0]
-    w = keep.to(lse.dtype) if token_weights is None else keep * token_weights
-    loss = ((lse - label_logit) * w).sum()
-    return loss, CrossEntropyStats(lse.detach(), (label_logit * keep).detach(), (logits.argmax(-1) == labels).detach())
+    ignore_index: int = -100, softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0, mode: str = "fused",
+    return_entropy: bool = False, isa: str = "auto",
+) -> tuple[torch.Tensor, CrossEntropyStats]:  # fmt: skip
+    """Sum of the weighted token losses of the head `hidden @ weight.T`, and statistics per token.
+
+    The sum, not a mean: divide it by the global count of tokens. Differentiable in hidden, weight and token_weights.
+
+    Args:
+        hidden: (T, H), bf16, fp32 or fp64; T may be 0. weight: (V, H), same dtype; frozen (no requires_grad): no dW is formed.
+        labels: (T,) int64 in [0, V), already shifted, or ignore_index: no loss, no gradient, and the row is not computed.
+        token_weights: (T,), any floating dtype, a factor of each token's loss; None: 1.
+        softcap: logits become softcap * tanh(logits / softcap); 0: they do not.
+        z_loss: adds z_loss * lse^2 per token. label_smoothing: in [0, 1], as in torch's cross_entropy.
+        mode: "fused" forms the gradients in the forward, "recompute" in the backward (see the head of the file); where no
+            gradient is needed both are one product.
+        return_entropy: stats.entropy too.
+        isa: instruction set of the CPU kernels: "auto", "avx512", "avx2" or "portable".
+    Returns: (loss, stats): loss () in fp32 (fp64 for fp64), 0 where every label is ignored.
+    Raises: ValueError for a wrong shape, dtype, device, option or isa, or a label outside [0, V) (its position and id);
+        NotImplementedError for a gradient of the gradient, and on CUDA (no kernel yet).
+    """
+    op = "linear_cross_entropy"
+    check_head(op, hidden, weight, labels, softcap, isa)
+    if token_weights is not None:
+        check_shape(op, "token_weights", token_weights, (hidden.shape[0],), f"hidden {tuple(hidden.shape)}")
+        if not token_weights.is_floating_point() or token_weights.device != hidden.device:
+            got = f"{token_weights.dtype} on {token_weights.device}"
+            raise ValueError(f"{op}: token_weights has {got}, wants a floating dtype on {hidden.device} like hidden")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing has {label_smoothing}, wants 0 to 1")
+    if mode not in ("fused", "recompute"):
+        raise ValueError(f"{op}: mode has {mode!r}, wants 'fused' or 'recompute'")
+    need_dx, need_dw = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
+    if mode == "recompute" or not (need_dx or need_dw):
+        stats = vocab_stats(
+            hidden, weight, labels, ignore_index=ignore_index, softcap=softcap, logit_sum=label_smoothing > 0,
+            entropy=return_entropy, isa=isa, caller=op,
+        )  # fmt: skip
+        return cross_entropy_from_stats(
+            stats, labels, weight.shape[0], token_weights=token_weights, ignore_index=ignore_index, z_loss=z_loss,
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
+    acc = acc_dtype(hidden.dtype)
+    w = hidden.new_ones(hidden.shape[0], dtype=acc) if token_weights is None else token_weights.to(acc)
+    loss, _, _, _, lse, label_logit, entropy, argmax = torch.ops.swiftk.linear_cross_entropy_fwd(
+        hidden, weight, labels, w, ignore_index, softcap, z_loss, label_smoothing, return_entropy, need_dx, need_dw, isa
+    )
+    correct = (argmax == labels) & (labels != ignore_index)
+    return loss, CrossEntropyStats(lse, label_logit, correct, entropy if return_entropy else None)
 
 
-def token_logprobs(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, softcap: float = 0.0, isa: str = "auto") -> torch.Tensor:
-    """hidden (T, H), weight (V, H), labels (T,) int64 -> log p(label) (T,), fp32 (fp64 for fp64)."""
-    logits = torch.nn.functional.linear(hidden, weight).float()
-    return torch.log_softmax(logits, -1).gather(-1, labels[:, None])[:, 0]
+@overload
+def token_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, ignore_index: int = ..., softcap: float = ...,
+    return_entropy: Literal[False] = ..., isa: str = ...,
+) -> torch.Tensor: ...  # fmt: skip
+
+
+@overload
+def token_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, ignore_index: int = ..., softcap: float = ...,
+    return_entropy: Literal[True], isa: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
+
+
+def token_logprobs(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, ignore_index: int = -100, softcap: float = 0.0,
+    return_entropy: bool = False, isa: str = "auto",
+):  # fmt: skip
+    """log p(label) of each token, differentiable in hidden and weight with a gradient per token; the backward recomputes.
+
+    Bitwise the same for a row whether it comes alone or among others, on any number of threads.
+
+    Args: as in `linear_cross_entropy`.
+    Returns: (T,) in fp32 (fp64 for fp64), nats, 0 where ignored; with return_entropy (logprobs, entropy), both (T,) and
+        both differentiable.
+    """
+    stats = vocab_stats(
+        hidden,
+        weight,
+        labels,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        entropy=return_entropy,
+        isa=isa,
+        caller="token_logprobs",
+    )
+    return (stats.logprob, stats.entropy) if return_entropy else stats.logprob

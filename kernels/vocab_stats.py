@@ -1,0 +1,419 @@
+"""Statistics per token of the logits of a linear head, without the T x V logits: what losses are made of.
+
+    z = x W^T,  s = c tanh(z / c) with softcap c (s = z without),  lse = log sum_v exp s_v,  p_v = exp(s_v - lse)
+    label_logit = s_label,  logprob = s_label - lse,  logit_sum = sum_v s_v,  entropy = -sum_v p_v log p_v,  max_logit, argmax
+    g_v = [p_v (dlse - dentropy (log p_v + entropy)) + dsum + dlabel 1(v = label)] (1 - (s_v / c)^2);  dX = g W,  dW = g^T X
+    (dlogprob is part of dlabel and of -dlse)
+
+Sources: softcap, Gemma 2 (2024); the running log-sum-exp, Milakov & Gimelshein 2018, "Online normalizer calculation for
+softmax". The logits are fp32 (fp64 for fp64), also for bf16 inputs, and come from the row-invariant product of
+swiftk.kernels.linear; the log-sum-exp walks the vocabulary in fixed steps: what a row gives depends on that row and W
+alone. The backward forms the logits again; beyond hidden and weight only (T,) vectors are saved.
+Forward: one product, W read once per 4096 rows, 32 MiB of logits at a time; backward: two products, three with dW.
+Rows whose label is ignore_index are never multiplied. A head that does not require a gradient costs no dW.
+Not supported: a bias of the head, infinite logits (they give NaN), a CUDA kernel (not there yet).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
+from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
+
+STEP = 2048  # columns per step of the running log-sum-exp, kStep in csrc/cpu/vocab_stats.inc
+BLOCK_ROWS = 4096  # rows that share one reading of W
+BUFFER_BYTES = 32 << 20  # of logits: 4096 rows x one step in fp32
+
+
+class VocabStats(NamedTuple):
+    """What one shard of the vocabulary says about each token: (T,), fp32 (fp64 for fp64), 0 where ignored.
+
+    All but the last two are differentiable. `merge_vocab_stats` says how shards add up.
+    """
+
+    lse: torch.Tensor  # over the shard's vocabulary
+    label_logit: torch.Tensor  # 0 where the label belongs to another shard
+    logprob: torch.Tensor  # label_logit - lse, formed without its cancellation; 0 where the label belongs to another shard
+    logit_sum: torch.Tensor | None  # where asked for
+    entropy: torch.Tensor | None  # of the shard's own softmax, nats, where asked for
+    max_logit: torch.Tensor
+    argmax: torch.Tensor  # int64, an id of the whole vocabulary, the lowest of equal ones
+
+
+# --- reference ---------------------------------------------------------------------------------------------------
+
+
+def logits_ref(hidden: torch.Tensor, weight: torch.Tensor, softcap: float = 0.0) -> torch.Tensor:
+    """s (T, V), in at least fp32."""
+    z = torch.nn.functional.linear(hidden, weight).to(acc_dtype(hidden.dtype))
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+def vocab_stats_ref(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, vocab_start: int = 0, ignore_index: int = -100,
+    softcap: float = 0.0,
+) -> VocabStats:  # fmt: skip
+    """The formulas on the whole logits, everything included."""
+    s = logits_ref(hidden, weight, softcap)
+    keep, at = labels != ignore_index, labels - vocab_start
+    here = keep & (at >= 0) & (at < len(weight))
+    label_logit = s.gather(-1, at.where(here, 0)[:, None])[:, 0].where(here, 0)
+    log_p = torch.log_softmax(s, -1)
+    top, argmax = s.max(-1)
+    lse, total, entropy = torch.logsumexp(s, -1), s.sum(-1), -(log_p.exp() * log_p).sum(-1)
+    lse, total, entropy, top, argmax = (t.where(keep, 0) for t in (lse, total, entropy, top, argmax + vocab_start))
+    logprob = log_p.gather(-1, at.where(here, 0)[:, None])[:, 0].where(here, 0)
+    return VocabStats(lse, label_logit, logprob, total, entropy, top, argmax)
+
+
+# --- launchers ---------------------------------------------------------------------------------------------------
+# On x (T, H) and labels (T,) without ignored rows; weight (V, H) rows are the ids first_id, first_id + 1, ...
+
+
+class RunningStats(NamedTuple):
+    """The statistics of the columns seen so far, see csrc/cpu/vocab_stats.inc."""
+
+    m: torch.Tensor
+    l: torch.Tensor
+    e: torch.Tensor | None
+    total: torch.Tensor | None
+    label: torch.Tensor
+    argmax: torch.Tensor
+
+    @staticmethod
+    def start(rows: int, acc: torch.dtype, entropy: bool, total: bool) -> RunningStats:
+        def zeros() -> torch.Tensor:
+            return torch.zeros(rows, dtype=acc)
+
+        m = torch.full((rows,), -torch.inf, dtype=acc)
+        argmax = torch.zeros(rows, dtype=torch.int64)
+        return RunningStats(m, zeros(), zeros() if entropy else None, zeros() if total else None, zeros(), argmax)
+
+    def rows(self, r: slice) -> RunningStats:
+        return RunningStats._make(None if t is None else t[r] for t in self)
+
+    def finish(self, labels: torch.Tensor, first_id: int, vocab: int) -> Finished:
+        entropy = None if self.e is None else torch.empty_like(self.m)
+        done = Finished(torch.empty_like(self.m), torch.empty_like(self.m), torch.empty_like(self.m), entropy)
+        native().vocab_finish(
+            DTYPE_CODES[self.m.dtype], *map(address, self), address(labels), first_id, vocab, *map(address, done), len(labels)
+        )
+        return done
+
+
+class Finished(NamedTuple):
+    log_l: torch.Tensor  # lse - max_logit
+    lse: torch.Tensor
+    logprob: torch.Tensor
+    entropy: torch.Tensor | None
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def ranges(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def even_blocks(total: int, size: int) -> Iterator[slice]:
+    """As few ranges as `size` allows, of about equal length."""
+    return ranges(total, -(-total // max(1, -(-total // size))))
+
+
+def buffer_columns(rows: int, vocab: int, acc: torch.dtype) -> int:
+    """Columns of logits of `rows` rows that fit the buffer, a multiple of STEP."""
+    return min(vocab, STEP * max(1, BUFFER_BYTES // (STEP * max(1, rows) * acc.itemsize)))
+
+
+def product_dtype(dtype: torch.dtype, isa: str) -> torch.dtype:
+    """What the products of the backward multiply in. bf16 only where the CPU does so natively: without AVX-512 BF16 torch's
+    bf16 product ran at 18 GFLOP/s, its fp32 product at 132 (2 cores of a Zen 3), so there a block of W at a time is converted.
+    """
+    if dtype != torch.bfloat16:
+        return dtype
+    return torch.bfloat16 if (native().best_isa() if isa == "auto" else isa) == "avx512" else torch.float32
+
+
+def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """out += a b; a bf16 product is rounded once and added in out's dtype."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b)
+    else:
+        out.add_(torch.mm(a, b))
+
+
+def logits_out(x: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, isa: str) -> None:
+    torch.mm(x.to(logits.dtype), weight.to(logits.dtype).t(), out=logits)
+
+
+def update_stats(logits, labels, first_id, softcap, running: RunningStats, isa) -> None:
+    native().vocab_stats(
+        DTYPE_CODES[logits.dtype], address(logits), logits.stride(0), address(labels), *logits.shape, first_id, softcap,
+        *map(address, running), threads(), isa,
+    )  # fmt: skip
+
+
+def _stats(x, weight, labels, first_id, softcap, entropy, total, isa) -> RunningStats:
+    rows, vocab, acc = len(x), len(weight), acc_dtype(x.dtype)
+    running = RunningStats.start(rows, acc, entropy, total)
+    for r in even_blocks(rows, BLOCK_ROWS):
+        height = r.stop - r.start
+        width = buffer_columns(height, vocab, acc)
+        buffer = torch.empty(height * width, dtype=acc)
+        for c in ranges(vocab, width):
+            logits = buffer[: height * (c.stop - c.start)].view(height, -1)
+            logits_out(x[r], weight[c], logits, isa)
+            update_stats(logits, labels[r], first_id + c.start, softcap, running.rows(r), isa)
+    return running
+
+
+class StatsGrad(NamedTuple):
+    """The gradient of the loss by each statistic of a token, (T,); the last two may be missing."""
+
+    dlse: torch.Tensor
+    dlabel: torch.Tensor
+    dsum: torch.Tensor | None
+    dentropy: torch.Tensor | None
+
+    def rows(self, r: slice) -> StatsGrad:
+        return StatsGrad._make(None if t is None else t[r] for t in self)
+
+
+def logits_grad(logits, labels, first_id, softcap, capped, m, log_l, entropy, d: StatsGrad, dtype, isa) -> torch.Tensor:
+    """The gradient by the logits, in their place where dtype is theirs."""
+    g = logits if dtype == logits.dtype else torch.empty(logits.shape, dtype=dtype)
+    native().vocab_grad(
+        DTYPE_CODES[logits.dtype], DTYPE_CODES[dtype], address(logits), logits.stride(0), address(labels), *logits.shape,
+        first_id, softcap, capped, *map(address, (m, log_l, entropy, *d, g)), g.stride(0), threads(), isa,
+    )  # fmt: skip
+    return g
+
+
+def _recomputed(x, weight, labels, first_id, softcap, m, log_l, entropy, d, need_dx, need_dw, isa):
+    """(dx, dw) in the inputs' dtypes from the saved statistics; the vocabulary outside, the rows inside."""
+    (rows, hidden), vocab = x.shape, len(weight)
+    acc, product = acc_dtype(x.dtype), product_dtype(x.dtype, isa)
+    dx = torch.zeros(rows, hidden, dtype=acc) if need_dx else None
+    dw = torch.empty_like(weight) if need_dw else None
+    height = max((r.stop - r.start for r in even_blocks(rows, BLOCK_ROWS)), default=0)
+    width = buffer_columns(height, vocab, acc)
+    buffer = torch.empty(height * width, dtype=acc)
+    xp = x.to(product) if need_dw else x
+    for c in ranges(vocab, width):
+        w = weight[c].to(product)
+        dwc = torch.zeros(w.shape, dtype=acc) if need_dw else None
+        for r in even_blocks(rows, BLOCK_ROWS):
+            logits = buffer[: (r.stop - r.start) * len(w)].view(-1, len(w))
+            logits_out(x[r], weight[c], logits, isa)
+            ent = None if entropy is None else entropy[r]
+            g = logits_grad(logits, labels[r], first_id + c.start, softcap, False, m[r], log_l[r], ent, d.rows(r), product, isa)
+            if dx is not None:
+                add_product(dx[r], g, w)
+            if dwc is not None:
+                add_product(dwc, g.t(), xp[r])
+        if dw is not None and dwc is not None:
+            dw[c] = dwc
+    return None if dx is None else dx.to(x.dtype), dw
+
+
+# --- operator ----------------------------------------------------------------------------------------------------
+
+torch.library.define(
+    "swiftk::vocab_stats_fwd",
+    "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, int vocab_start, int vocab_size, float softcap, "
+    "bool with_sum, bool with_entropy, str caller, str isa) -> "
+    "(Tensor lse, Tensor label_logit, Tensor logprob, Tensor logit_sum, Tensor entropy, Tensor max_logit, Tensor argmax, "
+    "Tensor log_l)",
+)
+torch.library.define(
+    "swiftk::vocab_stats_bwd",
+    "(Tensor dlse, Tensor dlabel, Tensor dsum, Tensor dentropy, Tensor hidden, Tensor weight, Tensor labels, Tensor max_logit, "
+    "Tensor log_l, Tensor entropy, int ignore_index, int vocab_start, float softcap, bool need_dx, bool need_dw, str isa) -> "
+    "(Tensor dx, Tensor dw)",
+)
+
+
+class KeptRows:
+    """The rows whose label is not ignored: `take` gathers them, `put` spreads a result over all T rows, 0 elsewhere."""
+
+    def __init__(self, op: str, labels: torch.Tensor, ignore_index: int, vocab_size: int) -> None:
+        keep = labels != ignore_index
+        bad = keep & ((labels < 0) | (labels >= vocab_size))
+        if bad.any():
+            at = int(bad.nonzero()[0])
+            raise ValueError(
+                f"{op}: labels has id {int(labels[at])} at position {at}, wants 0 <= id < V = {vocab_size}, or ignore_index "
+                f"{ignore_index}; is the tokenizer the model's own?"
+            )
+        self.rows, self.index = len(labels), None if keep.all() else keep.nonzero()[:, 0]
+
+    def take(self, t: torch.Tensor) -> torch.Tensor:
+        return t.contiguous() if self.index is None else t.index_select(0, self.index)
+
+    def put(self, t: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        if t is None:
+            return like.new_empty(0)
+        return t if self.index is None else t.new_zeros(self.rows, *t.shape[1:]).index_copy_(0, self.index, t)
+
+
+@torch.library.register_kernel("swiftk::vocab_stats_fwd", "cpu")
+def _vocab_stats_fwd_cpu(
+    hidden, weight, labels, ignore_index, vocab_start, vocab_size, softcap, with_sum, with_entropy, caller, isa
+):  # fmt: skip
+    kept = KeptRows(caller, labels, ignore_index, vocab_size)
+    x, y = kept.take(hidden), kept.take(labels)
+    running = _stats(x, weight.contiguous(), y, vocab_start, softcap, with_entropy, with_sum, isa)
+    log_l, lse, logprob, entropy = running.finish(y, vocab_start, len(weight))
+    results = (lse, running.label, logprob, running.total, entropy, running.m, running.argmax, log_l)
+    return tuple(kept.put(t, lse) for t in results)
+
+
+@torch.library.register_fake("swiftk::vocab_stats_fwd")
+def _vocab_stats_fwd_fake(
+    hidden, weight, labels, ignore_index, vocab_start, vocab_size, softcap, with_sum, with_entropy, caller, isa
+):  # fmt: skip
+    def rows(present=True):
+        return hidden.new_empty(hidden.shape[0] if present else 0, dtype=acc_dtype(hidden.dtype))
+
+    return rows(), rows(), rows(), rows(with_sum), rows(with_entropy), rows(), torch.empty_like(labels), rows()
+
+
+@torch.library.register_kernel("swiftk::vocab_stats_bwd", "cpu")
+def _vocab_stats_bwd_cpu(
+    dlse, dlabel, dsum, dentropy, hidden, weight, labels, max_logit, log_l, entropy, ignore_index, vocab_start, softcap,
+    need_dx, need_dw, isa,
+):  # fmt: skip
+    kept = KeptRows("vocab_stats", labels, ignore_index, torch.iinfo(torch.int64).max)  # the forward has checked them
+    d = StatsGrad._make(kept.take(t) if t.numel() else None for t in (dlse, dlabel, dsum, dentropy))
+    ent = kept.take(entropy) if entropy.numel() else None
+    x, y, m, log_l = (kept.take(t) for t in (hidden, labels, max_logit, log_l))
+    dx, dw = _recomputed(x, weight.contiguous(), y, vocab_start, softcap, m, log_l, ent, d, need_dx, need_dw, isa)
+    return kept.put(dx, hidden), weight.new_empty(0) if dw is None else dw
+
+
+@torch.library.register_fake("swiftk::vocab_stats_bwd")
+def _vocab_stats_bwd_fake(
+    dlse, dlabel, dsum, dentropy, hidden, weight, labels, max_logit, log_l, entropy, ignore_index, vocab_start, softcap,
+    need_dx, need_dw, isa,
+):  # fmt: skip
+    return grads_fake(hidden, weight, need_dx, need_dw)
+
+
+def grads_fake(hidden, weight, need_dx, need_dw):
+    dx = hidden.new_empty(hidden.shape) if need_dx else hidden.new_empty(0)
+    return dx, weight.new_empty(weight.shape) if need_dw else weight.new_empty(0)
+
+
+@torch.library.register_kernel("swiftk::vocab_stats_fwd", "cuda")
+def _vocab_stats_fwd_cuda(*args):
+    no_cuda_kernel("vocab_stats")
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+def _stats_setup_context(ctx, inputs, output):
+    hidden, weight, labels, ctx.ignore_index, ctx.vocab_start, _, ctx.softcap, _, _, _, ctx.isa = inputs
+    _, _, _, _, entropy, max_logit, argmax, log_l = output
+    ctx.save_for_backward(hidden, weight, labels, max_logit, log_l, entropy)
+    ctx.mark_non_differentiable(max_logit, argmax, log_l)
+
+
+def _stats_backward(ctx, dlse, dlabel, dlogprob, dsum, dentropy, *_):
+    # g_v = [p_v (dlse - dentropy (log p_v + entropy)) + dsum + dlabel 1(v = label)] (1 - (s_v / c)^2);  dX = g W, dW = g^T X
+    hidden, weight, labels, max_logit, log_l, entropy = ctx.saved_tensors
+    at = labels - ctx.vocab_start
+    dlogprob = dlogprob.where((at >= 0) & (at < weight.shape[0]), 0)
+    need_dx, need_dw = ctx.needs_input_grad[:2]
+    dx, dw = torch.ops.swiftk.vocab_stats_bwd(
+        dlse - dlogprob, dlabel + dlogprob, dsum, dentropy, hidden, weight, labels, max_logit, log_l, entropy,
+        ctx.ignore_index, ctx.vocab_start, ctx.softcap, need_dx, need_dw, ctx.isa,
+    )  # fmt: skip
+    return dx if need_dx else None, dw if need_dw else None, *[None] * 9
+
+
+torch.library.register_autograd("swiftk::vocab_stats_fwd", _stats_backward, setup_context=_stats_setup_context)
+refuse_double_backward("vocab_stats", "swiftk::vocab_stats_bwd")
+
+
+# --- public ------------------------------------------------------------------------------------------------------
+
+
+def check_head(op: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float, isa: str) -> None:
+    check_floating(op, hidden=hidden, weight=weight)
+    if hidden.dim() != 2:
+        raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)}, wants (T, H); flatten batch and sequence first")
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
+        want = f"(V, {hidden.shape[1]}) with V >= 1"
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, hidden {tuple(hidden.shape)} needs {want}")
+    check_shape(op, "labels", labels, (hidden.shape[0],), f"hidden {tuple(hidden.shape)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{op}: labels has dtype {labels.dtype}, wants torch.int64")
+    if labels.device != hidden.device:
+        raise ValueError(f"{op}: labels has device {labels.device}, wants {hidden.device} like hidden")
+    if not softcap >= 0:
+        raise ValueError(f"{op}: softcap has {softcap}, wants 0 (none) or more")
+    check_isa(op, isa)
+
+
+def vocab_stats(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, vocab_start: int = 0, vocab_size: int | None = None,
+    ignore_index: int = -100, softcap: float = 0.0, logit_sum: bool = False, entropy: bool = False, isa: str = "auto",
+    caller: str = "vocab_stats",
+) -> VocabStats:  # fmt: skip
+    """What the rows [vocab_start, vocab_start + V) of the head say about each token: all that a loss is made of.
+
+    Differentiable per token in lse, label_logit, logprob, logit_sum and entropy, and through them in hidden and weight; the
+    backward forms the logits again. Merge shards with `merge_vocab_stats`, then `cross_entropy_from_stats`; each shard's
+    gradient by hidden is its part of a sum over the shards.
+
+    Args:
+        hidden: (T, H), bf16, fp32 or fp64. weight: (V, H), same dtype: this shard's rows.
+        labels: (T,) int64, ids of the whole vocabulary, or ignore_index: the row is not computed, its results are 0.
+        vocab_start: id of weight's first row. vocab_size: ids of the whole vocabulary; None: weight is all of it.
+        softcap: logits become softcap * tanh(logits / softcap); 0: they do not.
+        logit_sum, entropy: whether to return them too.
+        isa: instruction set of the CPU kernels: "auto", "avx512", "avx2" or "portable".
+        caller: the function that the errors name.
+    Raises: ValueError for a wrong shape, dtype, device, isa, or a label outside the vocabulary (its position and id).
+    """
+    check_head(caller, hidden, weight, labels, softcap, isa)
+    size = vocab_start + weight.shape[0] if vocab_size is None else vocab_size
+    if vocab_start < 0 or vocab_start + weight.shape[0] > size or (vocab_size is None and vocab_start):
+        raise ValueError(
+            f"vocab_stats: vocab_size has {vocab_size}, vocab_start {vocab_start} and {weight.shape[0]} rows of weight need "
+            f"the size of the whole vocabulary, at least {vocab_start + weight.shape[0]}"
+        )
+    lse, label, logprob, total, ent, top, argmax, _ = torch.ops.swiftk.vocab_stats_fwd(
+        hidden, weight, labels, ignore_index, vocab_start, size, softcap, logit_sum, entropy, caller, isa
+    )
+    return VocabStats(lse, label, logprob, total if logit_sum else None, ent if entropy else None, top, argmax)
+
+
+def merge_vocab_stats(shards: Sequence[VocabStats]) -> VocabStats:
+    """The statistics of the whole vocabulary from those of its shards, in the order of their ids; differentiable.
+
+    With pi_r = exp(lse_r - lse), the probability that a token falls into shard r:
+        lse = log sum_r exp(lse_r),   label_logit and logit_sum = sums,   logprob = label_logit - lse,
+        entropy = sum_r pi_r (entropy_r + lse - lse_r),
+        max_logit and argmax = those of the first shard with the largest max_logit.
+    Across processes the same lines are all-reduces of (T,) vectors. Rows that are ignored give log(number of shards)
+    for lse; their labels say so.
+    """
+    lse = torch.logsumexp(torch.stack([s.lse for s in shards]), 0)
+    top, argmax = shards[0].max_logit, shards[0].argmax
+    for shard in shards[1:]:
+        argmax = torch.where(shard.max_logit > top, shard.argmax, argmax)
+        top = torch.maximum(shard.max_logit, top)
+    total = [s.logit_sum for s in shards if s.logit_sum is not None]
+    entropy = [torch.exp(s.lse - lse) * (s.entropy + (lse - s.lse)) for s in shards if s.entropy is not None]
+    label = torch.stack([s.label_logit for s in shards]).sum(0)
+    return VocabStats(
+        lse, label, label - lse, torch.stack(total).sum(0) if total else None,
+        torch.stack(entropy).sum(0) if entropy else None, top, argmax,
+    )  # fmt: skip
