@@ -26,6 +26,7 @@ import torch
 
 from swiftk.kernels._checks import check_shape, refuse_double_backward
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
+from swiftk.kernels.linear import linear_out
 from swiftk.kernels.vocab_stats import (
     BLOCK_ROWS,
     BUFFER_BYTES,
@@ -41,7 +42,6 @@ from swiftk.kernels.vocab_stats import (
     even_blocks,
     grads_fake,
     logits_grad,
-    logits_out,
     logits_ref,
     product_dtype,
     ranges,
@@ -126,7 +126,7 @@ def _fused_frozen(x, weight, labels, w, loss: _Loss, softcap, entropy, isa):
         here, y = running.rows(r), labels[r]
         for c in ranges(vocab, STEP):
             logits, g = (b[: len(out) * (c.stop - c.start)].view(len(out), -1) for b in (buffer, copy))
-            logits_out(x[r], weight[c], logits, isa)
+            linear_out(x[r], weight[c], None, logits, isa)
             native().vocab_stats_exp(
                 DTYPE_CODES[acc], DTYPE_CODES[product], address(logits), logits.stride(0), address(y), *logits.shape, c.start,
                 softcap, *map(address, here), address(g), g.stride(0), address(out), hidden, threads(), isa,
@@ -161,7 +161,7 @@ def _fused_trained(x, weight, labels, w, loss: _Loss, softcap, entropy, need_dx,
         logits = buffer[: (r.stop - r.start) * vocab].view(-1, vocab)
         here, xp = running.rows(r), x[r].to(product)
         out = torch.zeros(len(logits), hidden, dtype=acc) if need_dx else None
-        logits_out(x[r], weight, logits, isa)
+        linear_out(x[r], weight, None, logits, isa)
         update_stats(logits, labels[r], 0, softcap, here, isa)
         log_l, lse, *_ = here.finish(labels[r], 0, vocab)
         d = loss.coefficients(lse, w[r])

@@ -23,6 +23,7 @@ import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
+from swiftk.kernels.linear import linear_out
 
 STEP = 2048  # columns per step of the running log-sum-exp, kStep in csrc/cpu/vocab_stats.inc
 BLOCK_ROWS = 4096  # rows that share one reading of W
@@ -147,10 +148,6 @@ def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         out.add_(torch.mm(a, b))
 
 
-def logits_out(x: torch.Tensor, weight: torch.Tensor, logits: torch.Tensor, isa: str) -> None:
-    torch.mm(x.to(logits.dtype), weight.to(logits.dtype).t(), out=logits)
-
-
 def update_stats(logits, labels, first_id, softcap, running: RunningStats, isa) -> None:
     native().vocab_stats(
         DTYPE_CODES[logits.dtype], address(logits), logits.stride(0), address(labels), *logits.shape, first_id, softcap,
@@ -167,7 +164,7 @@ def _stats(x, weight, labels, first_id, softcap, entropy, total, isa) -> Running
         buffer = torch.empty(height * width, dtype=acc)
         for c in ranges(vocab, width):
             logits = buffer[: height * (c.stop - c.start)].view(height, -1)
-            logits_out(x[r], weight[c], logits, isa)
+            linear_out(x[r], weight[c], None, logits, isa)
             update_stats(logits, labels[r], first_id + c.start, softcap, running.rows(r), isa)
     return running
 
@@ -209,7 +206,7 @@ def _recomputed(x, weight, labels, first_id, softcap, m, log_l, entropy, d, need
         dwc = torch.zeros(w.shape, dtype=acc) if need_dw else None
         for r in even_blocks(rows, BLOCK_ROWS):
             logits = buffer[: (r.stop - r.start) * len(w)].view(-1, len(w))
-            logits_out(x[r], weight[c], logits, isa)
+            linear_out(x[r], weight[c], None, logits, isa)
             ent = None if entropy is None else entropy[r]
             g = logits_grad(logits, labels[r], first_id + c.start, softcap, False, m[r], log_l[r], ent, d.rows(r), product, isa)
             if dx is not None:

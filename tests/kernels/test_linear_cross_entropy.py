@@ -9,15 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from swiftk.kernels import linear_cross_entropy as module
 from swiftk.kernels.linear_cross_entropy import (
-    cross_entropy_from_stats,
     linear_cross_entropy,
-    linear_cross_entropy_ref,
-    token_logprobs,
-    token_logprobs_ref,
 )
-from swiftk.kernels.vocab_stats import merge_vocab_stats, vocab_stats
 from swiftk.testing.accuracy import assert_accurate
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
@@ -48,7 +42,7 @@ def oracle(x, w, y, *, token_weights=None, softcap=0.0, z_loss=0.0, label_smooth
 
 def loss_and_gradients(f, x, w, y, token_weights, cast, frozen=False):
     xs, ws = x.to(cast).requires_grad_(), w.to(cast).requires_grad_(not frozen)
-    t = token_weights.double().requires_grad_()
+    t = token_weights.to(torch.float64 if cast == torch.float64 else torch.float32).requires_grad_()
     loss = f(xs, ws, y, token_weights=t)
     loss = loss[0] if isinstance(loss, tuple) else loss
     wanted = (xs, t) if frozen else (xs, t, ws)
@@ -59,7 +53,7 @@ def loss_and_gradients(f, x, w, y, token_weights, cast, frozen=False):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_loss_and_gradients(frozen, mode, dtype, isa):
-    for options, shape in itertools.product(OPTIONS, [(1, 3, 2), (6, 17, 2051)]):
+    for options, shape in itertools.product(OPTIONS, [(1, 3, 2), (16, 17, 2051)]):
         x, w, y = make(*shape, dtype, scale=2.0)
         token_weights = torch.rand(shape[0])
         ours, plain, exact = (

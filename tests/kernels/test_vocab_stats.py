@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 
-from swiftk.kernels import vocab_stats as module
-from swiftk.kernels.vocab_stats import StatsGrad, merge_vocab_stats, vocab_stats, vocab_stats_ref
+from swiftk.kernels.vocab_stats import vocab_stats, vocab_stats_ref
 from swiftk.testing.accuracy import assert_accurate
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -37,7 +34,7 @@ def values_and_gradients(f, x, w, y, coefficients, cast):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (4, 32, 2048), (6, 33, 4099)])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (12, 32, 2048), (12, 33, 4099)])
 def test_values_and_gradients(shape, softcap, dtype, isa):
     x, w, y = make(*shape, dtype, scale=2.0)
     coefficients = torch.randn(5, shape[0], dtype=torch.float64)
