@@ -159,7 +159,7 @@ class Reporter:
         """The line of `logging_steps`. flops: of the window, full and causal."""
         elapsed = time.monotonic() - self.begin
         left = elapsed / max(1, done - self.start_step) * (self.total_steps - done)
-        full, causal = ((round(f / window.seconds / peak, 5) if peak else None) for f in flops)
+        full, causal = ((f / window.seconds / peak if peak else None) for f in flops)
         values = {
             "loss": window.loss / max(1, window.trained), "grad_norm": grad_norm, "learning_rate": rate,
             "token_acc": window.correct / max(1, window.trained), "epoch": round(epoch, 4),

@@ -1,0 +1,167 @@
+"""Saves that are whole or absent; finding the right one; a full disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import time
+
+import pytest
+import torch
+
+from swiftk.config import OptimConfig
+from swiftk.trainer import checkpoint
+from swiftk.trainer.optimizer import build_optimizer
+from tests.trainer import toy
+
+ARGS = {"arguments": {"learning_rate": 0.1, "dataset": ["/a/rows.jsonl"], "output_dir": "x", "max_steps": 5, "save_steps": 1}}
+
+
+def make(seed=0):
+    torch.manual_seed(seed)
+    params = {"w": torch.nn.Parameter(torch.randn(4, 3)), "b": torch.nn.Parameter(torch.randn(3))}
+    optimizer = build_optimizer(params, OptimConfig())
+    for p in params.values():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    return params, optimizer
+
+
+def write(run_dir, step, params, optimizer, *, limit=None, best=False, args=ARGS):
+    state = checkpoint.new_state(step, 10, step * 7, "data", (1.5, step) if best else None)
+    write_model = lambda directory: (directory / "model.safetensors").write_bytes(b"weights" * 100)  # noqa: E731
+    return checkpoint.save(run_dir, state, params, optimizer, write_model=write_model, args=args, save_total_limit=limit, is_best=best)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return checkpoint.new_run_dir(tmp_path / "out", add_version=True)
+
+
+def test_what_was_saved_comes_back_bit_for_bit(run_dir):
+    params, optimizer = make()
+    path = write(run_dir, 5, params, optimizer, best=True)
+    other, fresh = make(seed=1)
+    state = checkpoint.load(path, other, fresh)
+    assert (state.step, state.consumed_tokens, state.best_loss, state.best_step) == (5, 35, 1.5, 5)
+    for name, p in params.items():
+        assert torch.equal(other[name], p)
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(fresh.state[other[name]][key], optimizer.state[p][key]), key
+    for step, p in enumerate((params["w"], other["w"])):  # and the next update is the same
+        p.grad = torch.ones_like(p)
+        (optimizer, fresh)[step].param_groups[0]["lr"] = 0.1
+        (optimizer, fresh)[step].step()
+    assert torch.equal(params["w"], other["w"])
+
+
+def test_moments_of_an_optimizer_that_never_stepped_are_filled(run_dir):
+    path = write(run_dir, 5, *make())
+    params = {"w": torch.nn.Parameter(torch.zeros(4, 3)), "b": torch.nn.Parameter(torch.zeros(3))}
+    fresh = build_optimizer(params, OptimConfig())
+    checkpoint.load(path, params, fresh)
+    assert float(fresh.state[params["w"]]["step"]) == 1.0 and fresh.state[params["w"]]["exp_avg"].abs().sum() > 0
+
+
+def test_another_model_is_refused_by_name(run_dir):
+    params, optimizer = make()
+    path = write(run_dir, 5, params, optimizer)
+    wrong = {"w": torch.nn.Parameter(torch.zeros(4, 2)), "c": torch.nn.Parameter(torch.zeros(3))}
+    with pytest.raises(checkpoint.CheckpointError, match=r"weight/b is not of this model.*weight/c is missing.*weight/w has \(4, 3\), wants \(4, 2\)"):
+        checkpoint.load(path, wrong, build_optimizer(wrong, OptimConfig()))
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing: the save did not finish"),
+        (lambda p: (p / "manifest.json").write_text("{"), "manifest.json is not readable"),
+        (lambda p: (p / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda p: (p / "model.safetensors").write_bytes(b"w" * 9), "model.safetensors has 9 bytes, wants 700"),
+        (lambda p: (p / "model.safetensors").write_bytes(b"Weights" * 100), "model.safetensors has another SHA-256"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(run_dir, damage, why):
+    params, optimizer = make()
+    good, bad = write(run_dir, 1, params, optimizer), write(run_dir, 2, params, optimizer)
+    assert checkpoint.newest(run_dir) == bad
+    damage(bad)
+    assert checkpoint.invalid(bad).startswith(why)
+    assert checkpoint.newest(run_dir) == good
+    found, notes = checkpoint.find_resumable(run_dir.parent, ARGS["arguments"])
+    assert found == good and why in notes[0]
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be resumed"):
+        checkpoint.load(bad, params, optimizer)
+
+
+@pytest.mark.parametrize("stage", ["model", "moments", "fsync", "manifest", "rename"])
+def test_a_full_disk_leaves_the_last_checkpoint(run_dir, stage, monkeypatch):
+    """ENOSPC at each stage of a save: a clear error, no remains, the old one intact and linked."""
+    params, optimizer = make()
+    good = write(run_dir, 1, params, optimizer)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if stage == "model":
+        monkeypatch.setattr(toy.Path, "write_bytes", full)
+    elif stage == "moments":
+        monkeypatch.setattr(checkpoint.dcp, "save", full)
+    elif stage == "fsync":
+        monkeypatch.setattr(checkpoint, "fsync_path", full)
+    elif stage == "manifest":
+        monkeypatch.setattr(checkpoint, "write_text", full)
+    else:
+        monkeypatch.setattr(checkpoint.os, "replace", full)
+    with pytest.raises(checkpoint.CheckpointError, match=f"step 2 could not be saved .*: No space left on device; the last good checkpoint is {good}"):
+        write(run_dir, 2, params, optimizer)
+    monkeypatch.undo()
+    assert [p.name for p in checkpoint.checkpoints(run_dir)] == ["checkpoint-1"] and not list(run_dir.glob(".saving*"))
+    assert os.readlink(run_dir / "last") == "checkpoint-1" and checkpoint.invalid(good) is None
+    assert write(run_dir, 2, params, optimizer).name == "checkpoint-2"
+
+
+def test_the_limit_keeps_the_newest_and_the_best(run_dir):
+    params, optimizer = make()
+    for step in range(1, 7):
+        write(run_dir, step, params, optimizer, limit=2, best=step == 2)
+        assert checkpoint.newest(run_dir).name == f"checkpoint-{step}"
+    assert [p.name for p in checkpoint.checkpoints(run_dir)] == ["checkpoint-2", "checkpoint-6"]
+    write(run_dir, 7, params, optimizer, limit=1, best=True)
+    assert [p.name for p in checkpoint.checkpoints(run_dir)] == ["checkpoint-7"]
+    assert not [p for p in run_dir.iterdir() if p.name.startswith(".")]
+
+
+def test_leftovers_of_dead_processes_are_removed_and_others_left(run_dir):
+    import socket
+
+    host = socket.gethostname()
+    dead, alive, far = (
+        run_dir / f".saving-checkpoint-3@{host}@4194304999", run_dir / f".saving-checkpoint-3@{host}@1", run_dir / ".saving-checkpoint-3@elsewhere@1",
+    )  # fmt: skip
+    for path in (dead, alive, far):
+        path.mkdir()
+        (path / "half").write_text("x")
+    assert checkpoint.remove_leftovers(run_dir.parent) == [dead]
+    assert alive.exists() and far.exists()
+
+
+def test_auto_takes_the_newest_of_an_equal_run(run_dir, tmp_path):
+    params, optimizer = make()
+    first = write(run_dir, 1, params, optimizer)
+    other = checkpoint.new_run_dir(tmp_path / "out", add_version=True)
+    different = {"arguments": {**ARGS["arguments"], "learning_rate": 0.2}}
+    time.sleep(0.01)
+    write(other, 9, params, optimizer, args=different)
+    now = {**ARGS["arguments"], "max_steps": 99, "output_dir": "elsewhere", "dataset": ("/moved/rows.jsonl",), "save_steps": 7}
+    found, notes = checkpoint.find_resumable(tmp_path / "out", now)
+    assert found == first and "learning_rate: 0.2 -> 0.1" in notes[0]
+    assert checkpoint.find_resumable(tmp_path / "out", {**now, "dataset": ("/a/others.jsonl",)})[0] is None
+    assert checkpoint.find_resumable(tmp_path / "nothing", now) == (None, [])
+
+
+def test_state_file_has_the_fields(run_dir):
+    path = write(run_dir, 3, *make())
+    assert set(json.loads((path / "trainer_state.json").read_text())) == {f.name for f in dataclasses.fields(checkpoint.TrainerState)}

@@ -1,0 +1,180 @@
+"""A run that was stopped, killed or moved to another number of ranks ends as the one that was not."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from swiftk.parallel.comm import run_threads
+from swiftk.trainer import checkpoint
+from swiftk.trainer.loop import Training
+from tests.trainer import toy
+
+ROOT = Path(__file__).resolve().parents[2]
+CURVE = ("loss", "grad_norm", "learning_rate", "token_acc", "eval_loss")
+
+
+def state_of(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the resume state."""
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(path / "resume")
+    state = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in reader.read_metadata().state_dict_metadata.items()}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def assert_equal_runs(a: Path, b: Path, bound: float = 0.0) -> None:
+    left, right = state_of(a), state_of(b)
+    assert left.keys() == right.keys() and len(left) > 20
+    for name, value in left.items():
+        if bound:
+            assert torch.allclose(value, right[name], rtol=bound, atol=bound), name
+        else:
+            assert torch.equal(value, right[name]), name
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Ten steps without a stop: the arguments and the last checkpoint."""
+    folder = tmp_path_factory.mktemp("straight")
+    keys = toy.arguments(folder, max_steps=10, save_steps=5, global_batch_size=4)
+    toy.launch(keys)
+    return keys, folder, folder / "out" / "last"
+
+
+def test_five_and_five_equal_ten(straight, tmp_path):
+    """Stopped after five by max_steps, with the schedule's length fixed; the second epoch begins in the second half."""
+    keys, folder, last = straight
+    part = {**keys, "output_dir": str(tmp_path / "out"), "lr_decay_steps": 10}
+    toy.launch({**part, "max_steps": 5})
+    toy.launch({**part, "max_steps": 10, "resume_from_checkpoint": "auto"})
+    assert len(list((tmp_path / "out").glob("v*"))) == 1  # it went on in its own directory
+    assert_equal_runs(last, tmp_path / "out" / "last")
+    ours, theirs = (toy.logged(next(path.glob("v*"))) for path in (tmp_path / "out", folder / "out"))
+    by_step = {(line["global_step/max_steps"].split("/")[0], "loss" in line): line for line in ours}
+    for line in theirs:
+        mine = by_step[line["global_step/max_steps"].split("/")[0], "loss" in line]
+        assert {k: mine.get(k) for k in CURVE} == {k: line.get(k) for k in CURVE}
+    weights = [load_file(p / "model.safetensors") for p in (last, tmp_path / "out" / "last")]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def test_the_second_half_on_two_ranks(straight, tmp_path):
+    """State and data order name no layout: one process, then two ranks, in fp64."""
+    keys, _, _ = straight
+    double = {**keys, "torch_dtype": "float64", "lr_decay_steps": 10}
+    toy.launch({**double, "output_dir": str(tmp_path / "one")})
+    moved = {**double, "output_dir": str(tmp_path / "two")}
+    toy.launch({**moved, "max_steps": 5})
+    run_threads(2, lambda comm: toy.launch({**moved, "resume_from_checkpoint": "auto"}, comm))
+    assert_equal_runs(tmp_path / "one" / "last", tmp_path / "two" / "last", bound=1e-9)
+
+
+def test_other_arguments_start_anew_and_say_why(straight, tmp_path, capsys):
+    keys, _, _ = straight
+    mine = {**keys, "output_dir": str(tmp_path / "out"), "max_steps": 2}
+    toy.launch(mine)
+    toy.launch({**mine, "learning_rate": 0.02, "resume_from_checkpoint": "auto"})
+    text = capsys.readouterr().out
+    assert "is passed over: it belongs to another run: learning_rate: 0.01 -> 0.02" in text and "starting anew" in text
+    assert len(list((tmp_path / "out").glob("v*"))) == 2
+
+
+def test_an_explicit_directory_warns_and_another_dataset_is_refused(straight, tmp_path, capsys):
+    keys, _, last = straight
+    resumed = {**keys, "output_dir": str(tmp_path / "out"), "resume_from_checkpoint": str(last.resolve().parent / "checkpoint-5")}
+    toy.launch({**resumed, "learning_rate": 0.02, "max_steps": 6})
+    text = capsys.readouterr().out
+    assert "careful: the run differs in learning_rate: 0.01 -> 0.02" in text
+    assert "careful: the run had 10 steps and has 6 now" in text
+    rows = toy.write_rows(tmp_path / "rows.jsonl", count=30)
+    with pytest.raises(checkpoint.CheckpointError, match="the dataset's tokens are not those of the checkpoint"):
+        toy.launch({**resumed, "dataset": (str(rows),)})
+    with pytest.raises(checkpoint.CheckpointError, match="cannot be resumed: there is no such directory"):
+        toy.launch({**resumed, "resume_from_checkpoint": str(tmp_path / "nothing")})
+
+
+# --- kill -9 -----------------------------------------------------------------------------------------------------
+
+PAUSE = """
+import sys, time
+from swiftk.trainer import checkpoint
+from swiftk.train import main
+original, calls = checkpoint.write_text, []
+def pause(path, text):
+    if path.name == checkpoint.MANIFEST:
+        calls.append(1)
+        if len(calls) == 2:
+            print("IN THE MIDDLE OF A SAVE", flush=True)
+            time.sleep(60)
+    original(path, text)
+checkpoint.write_text = pause
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(keys, code="import sys; from swiftk.train import main; sys.exit(main(sys.argv[1:]))"):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *toy.argv(keys)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env)
+
+
+def test_kill_in_the_middle_of_a_save(straight, tmp_path, capsys):
+    """The second save (step 10) is killed before its manifest: step 5 stays valid, and going on ends at the same weights."""
+    keys, _, last = straight
+    killed = {**keys, "output_dir": str(tmp_path / "out")}
+    process = start(killed, PAUSE)
+    assert any("IN THE MIDDLE" in line for line in process.stdout)
+    process.kill()
+    process.wait()
+    (run_dir,) = (tmp_path / "out").glob("v*")
+    (left,) = run_dir.glob(".saving-checkpoint-10*")
+    assert checkpoint.newest(run_dir).name == "checkpoint-5" and os.readlink(run_dir / "last") == "checkpoint-5"
+    toy.launch({**killed, "resume_from_checkpoint": "auto"})
+    text = capsys.readouterr().out
+    assert f"removed {left}" in text and "resuming from" in text and not left.exists()
+    assert_equal_runs(last, tmp_path / "out" / "last")
+
+
+@pytest.mark.long
+def test_kill_at_twenty_moments(straight, tmp_path):
+    """At any moment at most save_steps steps are lost, and the end is the same."""
+    keys, _, _ = straight
+    keys = {**keys, "save_steps": 2, "max_steps": 20}
+    begin = time.monotonic()
+    whole = start({**keys, "output_dir": str(tmp_path / "whole")})
+    whole.communicate()
+    takes = time.monotonic() - begin
+    rng = random.Random(0)
+    for moment in range(20):
+        mine = {**keys, "output_dir": str(tmp_path / f"out{moment}"), "resume_from_checkpoint": "auto"}
+        process = start(mine)
+        seen = []
+        timer = time.monotonic() + takes * rng.uniform(0.3, 1.0)
+        while time.monotonic() < timer and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        seen = process.communicate()[0].splitlines()
+        done = max([int(line.split("global_step/max_steps ")[1].split("/")[0]) for line in seen if line.startswith("loss ")], default=0)
+        resumed = start(mine)
+        text = resumed.communicate()[0]
+        assert resumed.returncode == 0, text
+        found = [int(line.rsplit("-", 1)[1]) for line in text.splitlines() if line.startswith("resuming from")]
+        assert done - (found or [0])[0] <= 2, (moment, done, found)
+        assert_equal_runs(tmp_path / "whole" / "last", tmp_path / f"out{moment}" / "last")
+
+
+def test_nothing_of_a_run_is_outside_its_state():
+    """A field that is added to Training has to be saved or follow from the arguments: change this list knowingly."""
+    changing = {"step", "consumed_tokens", "best", "saved_step"}
+    assert changing <= set(Training.__dataclass_fields__) and len(Training.__dataclass_fields__) == 20
