@@ -31,8 +31,13 @@ def make(seed=0):
 
 def write(run_dir, step, params, optimizer, *, limit=None, best=False, args=ARGS):
     state = checkpoint.new_state(step, 10, step * 7, "data", (1.5, step) if best else None)
-    write_model = lambda directory: (directory / "model.safetensors").write_bytes(b"weights" * 100)  # noqa: E731
-    return checkpoint.save(run_dir, state, params, optimizer, write_model=write_model, args=args, save_total_limit=limit, is_best=best)
+
+    def write_model(directory):
+        (directory / "model.safetensors").write_bytes(b"weights" * 100)
+
+    return checkpoint.save(
+        run_dir, state, params, optimizer, write_model=write_model, args=args, save_total_limit=limit, is_best=best
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -69,7 +74,8 @@ def test_another_model_is_refused_by_name(run_dir):
     params, optimizer = make()
     path = write(run_dir, 5, params, optimizer)
     wrong = {"w": torch.nn.Parameter(torch.zeros(4, 2)), "c": torch.nn.Parameter(torch.zeros(3))}
-    with pytest.raises(checkpoint.CheckpointError, match=r"weight/b is not of this model.*weight/c is missing.*weight/w has \(4, 3\), wants \(4, 2\)"):
+    message = r"weight/b is not of this model.*weight/c is missing.*weight/w has \(4, 3\), wants \(4, 2\)"
+    with pytest.raises(checkpoint.CheckpointError, match=message):
         checkpoint.load(path, wrong, build_optimizer(wrong, OptimConfig()))
 
 
@@ -115,7 +121,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(run_dir, stage, monkeypatch):
         monkeypatch.setattr(checkpoint, "write_text", full)
     else:
         monkeypatch.setattr(checkpoint.os, "replace", full)
-    with pytest.raises(checkpoint.CheckpointError, match=f"step 2 could not be saved .*: No space left on device; the last good checkpoint is {good}"):
+    message = f"step 2 could not be saved .*: No space left on device; the last good checkpoint is {good}"
+    with pytest.raises(checkpoint.CheckpointError, match=message):
         write(run_dir, 2, params, optimizer)
     monkeypatch.undo()
     assert [p.name for p in checkpoint.checkpoints(run_dir)] == ["checkpoint-1"] and not list(run_dir.glob(".saving*"))
@@ -139,8 +146,8 @@ def test_leftovers_of_dead_processes_are_removed_and_others_left(run_dir):
 
     host = socket.gethostname()
     dead, alive, far = (
-        run_dir / f".saving-checkpoint-3@{host}@4194304999", run_dir / f".saving-checkpoint-3@{host}@1", run_dir / ".saving-checkpoint-3@elsewhere@1",
-    )  # fmt: skip
+        run_dir / f".saving-checkpoint-3@{owner}" for owner in (f"{host}@4194304999", f"{host}@1", "elsewhere@1")
+    )
     for path in (dead, alive, far):
         path.mkdir()
         (path / "half").write_text("x")
@@ -163,5 +170,5 @@ def test_auto_takes_the_newest_of_an_equal_run(run_dir, tmp_path):
 
 
 def test_state_file_has_the_fields(run_dir):
-    path = write(run_dir, 3, *make())
-    assert set(json.loads((path / "trainer_state.json").read_text())) == {f.name for f in dataclasses.fields(checkpoint.TrainerState)}
+    found = json.loads((write(run_dir, 3, *make()) / "trainer_state.json").read_text())
+    assert set(found) == {f.name for f in dataclasses.fields(checkpoint.TrainerState)}

@@ -28,7 +28,8 @@ def state_of(path: Path) -> dict[str, torch.Tensor]:
     import torch.distributed.checkpoint as dcp
 
     reader = dcp.FileSystemReader(path / "resume")
-    state = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in reader.read_metadata().state_dict_metadata.items()}
+    saved = reader.read_metadata().state_dict_metadata
+    state = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in saved.items()}
     dcp.load(state, storage_reader=reader, no_dist=True)
     return state
 
@@ -92,7 +93,8 @@ def test_other_arguments_start_anew_and_say_why(straight, tmp_path, capsys):
 
 def test_an_explicit_directory_warns_and_another_dataset_is_refused(straight, tmp_path, capsys):
     keys, _, last = straight
-    resumed = {**keys, "output_dir": str(tmp_path / "out"), "resume_from_checkpoint": str(last.resolve().parent / "checkpoint-5")}
+    middle = last.resolve().parent / "checkpoint-5"
+    resumed = {**keys, "output_dir": str(tmp_path / "out"), "resume_from_checkpoint": str(middle)}
     toy.launch({**resumed, "learning_rate": 0.02, "max_steps": 6})
     text = capsys.readouterr().out
     assert "careful: the run differs in learning_rate: 0.01 -> 0.02" in text
@@ -165,7 +167,8 @@ def test_kill_at_twenty_moments(straight, tmp_path):
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         seen = process.communicate()[0].splitlines()
-        done = max([int(line.split("global_step/max_steps ")[1].split("/")[0]) for line in seen if line.startswith("loss ")], default=0)
+        steps = [line.split("global_step/max_steps ")[1].split("/")[0] for line in seen if line.startswith("loss ")]
+        done = max(map(int, steps), default=0)
         resumed = start(mine)
         text = resumed.communicate()[0]
         assert resumed.returncode == 0, text
