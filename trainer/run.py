@@ -204,7 +204,7 @@ def run(
             restore(t, checkpoint.load(resume, params, optimizer))
         introduce(t)
         if not quiet:
-            preview(dataset, plan, tokenizer, 1)
+            show_first_row(dataset, tokenizer)
         finished = train(t)
         if not finished:
             name = stop.signal_name or "a signal to another rank"
@@ -214,6 +214,12 @@ def run(
     finally:
         t.reporter.close()
     return finished
+
+
+def show_first_row(dataset: Dataset, tokenizer: Any) -> None:
+    """Decoded, with its mask visible: a wrong template shows here and nowhere else."""
+    first = Dataset(dataset.rows[:1], {})
+    preview(first, BatchPlan(first.lengths, packing_length=None, micro_batch_size=1, global_batch_size=1, seed=0), tokenizer, 1)
 
 
 def introduce(t: Training) -> None:

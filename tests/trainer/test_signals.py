@@ -40,8 +40,10 @@ def free_port() -> int:
 
 
 def start_ranks(keys, code=MAIN, size=2):
-    base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-            "WORLD_SIZE": str(size)}  # fmt: skip
+    base = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
     command = [sys.executable, "-u", "-c", code, *toy.argv(keys)]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
     return [subprocess.Popen(command, env={**base, "RANK": str(r), "LOCAL_RANK": str(r)}, **pipe) for r in range(size)]
@@ -87,7 +89,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_exits_with_0(tmp_path, ranks, num
 
 
 def test_no_agreement_no_save(tmp_path, ranks):
-    first, second = ranks(toy.arguments(tmp_path, **LONG), HANG)
+    first, _ = ranks(toy.arguments(tmp_path, **LONG), HANG)
     wait_for(first, r"global_step/max_steps 2/")
     time.sleep(0.5)
     first.send_signal(signal.SIGTERM)
@@ -126,7 +128,7 @@ def test_rank_0_that_is_killed_is_named(tmp_path, ranks):
 
 @pytest.mark.long
 def test_a_rank_that_hangs_is_named_when_the_collective_times_out(tmp_path, ranks):
-    first, second = ranks(toy.arguments(tmp_path, heartbeat_timeout=5, ddp_timeout=8, **LONG), HANG)
+    first, _ = ranks(toy.arguments(tmp_path, heartbeat_timeout=5, ddp_timeout=8, **LONG), HANG)
     text = first.communicate(timeout=90)[0]
     assert first.returncode == 13 and re.search(r"rank 1 is at collective \d+ \(all_reduce at", text), text
 

@@ -21,12 +21,15 @@ MODEL = {
     "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64,
     "tie_word_embeddings": True, "initializer_range": 0.2,
 }  # fmt: skip
-WORDS = "the quick brown fox jumps over a lazy dog while seven black bears watch from another hill".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "seven", "bears", "watch", "far"]
 
 
 def write_rows(path: Path, count: int = 40) -> Path:
     rows = [
-        {"query": " ".join(WORDS[(i + j) % len(WORDS)] for j in range(1 + i % 4)), "response": " ".join(WORDS[i % 5 : i % 5 + 2 + i % 3])}
+        {
+            "query": " ".join(WORDS[(i + j) % len(WORDS)] for j in range(1 + i % 4)),
+            "response": " ".join(WORDS[i % 5 : i % 5 + 2 + i % 3]),
+        }
         for i in range(count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -39,9 +42,9 @@ def arguments(folder: Path, **changes: object) -> dict[str, object]:
     if not rows.exists():
         write_rows(rows)
     base: dict[str, object] = dict(
-        model_config=MODEL, tokenizer="train", dataset=(str(rows),), split_dataset_ratio=0.1, packing=True, output_dir=str(folder / "out"),
-        micro_batch_size=1, global_batch_size=3, max_steps=6, save_steps=3, logging_steps=1, learning_rate=0.01, report_to=("none",),
-        torch_dtype="float32", recompute_granularity="none", peak_tflops=0.1,
+        model_config=MODEL, tokenizer="train", dataset=(str(rows),), split_dataset_ratio=0.1, packing=True,
+        output_dir=str(folder / "out"), micro_batch_size=1, global_batch_size=3, max_steps=6, save_steps=3, logging_steps=1,
+        learning_rate=0.01, report_to=("none",), torch_dtype="float32", recompute_granularity="none", peak_tflops=0.1,
     )  # fmt: skip
     return {**base, **changes}
 
@@ -83,7 +86,8 @@ def logged(run_dir: Path) -> list[dict]:
 
 
 def model(mesh: Mesh | None = None, dtype: torch.dtype = torch.float64, **changes: object) -> Model:
-    return Model(ModelConfig.from_hf({**MODEL, **changes}), mesh or Mesh.single(), compute_dtype=dtype, seed=1, recompute="none")
+    config = ModelConfig.from_hf({**MODEL, **changes})
+    return Model(config, mesh or Mesh.single(), compute_dtype=dtype, seed=1, recompute="none")
 
 
 def batch(lengths: list[int], trained: float, seed: int) -> Batch:
