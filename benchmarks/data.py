@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import keyword
 import tempfile
 import time
 from pathlib import Path
@@ -23,46 +24,15 @@ from swiftk.trainer.packing import BatchPlan
 from swiftk.trainer.rows import read_rows
 from swiftk.trainer.tokenizer import train_tokenizer
 
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "is",
-    "that",
-    "for",
-    "it",
-    "as",
-    "was",
-    "with",
-    "be",
-    "by",
-    "on",
-    "not",
-    "he",
-    "his",
-    "but",
-    "at",
-    "are",
-    "this",
-    "have",
-    "from",
-    "or",
-    "had",
-    "an",
-    "they",
-    "which",
-    "one",
-]
-
 
 def write_rows(path: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(3.4, 0.8, (count, 2)), 1, 1500).astype(int)
     with path.open("w") as file:
         for query, response in lengths.tolist():
-            texts = (" ".join(WORDS[i] for i in rng.integers(0, len(WORDS), n).tolist()) for n in (query, response))
+            texts = (
+                " ".join(keyword.kwlist[i] for i in rng.integers(0, len(keyword.kwlist), n).tolist()) for n in (query, response)
+            )
             file.write(json.dumps(dict(zip(("query", "response"), texts, strict=True))) + "\n")
 
 
