@@ -11,7 +11,7 @@ q_pos = k_len - q_len and k_pos = 0, which aligns causal and window masks to the
                                                                              1
 A query's out and lse depend on that query and the keys it sees alone, bit for bit: KV tiles of 64 keys start at multiples of
 64 in positions, and no sum depends on how many queries share a call, on their neighbours, or on the thread count.
-FLOPs: 4 d per query head and visible pair forward, 10 d backward. Bytes: q, k, v, out once; K and V once per 96 rows.
+FLOPs: 4 d per query head and visible pair forward, 10 d backward. Bytes: q, k, v, out once; K and V once per 192 rows.
 Not supported: dropout, ALiBi or another bias, head_dim of v unlike that of k, a CUDA kernel (not there yet).
 """
 
