@@ -12,6 +12,8 @@ Activations kept for the backward per token and block, in elements (D query, K k
     none       4 H + 3 D + 3 K + 3 I  everything
     selective  3 H + 2 D + 2 K + 2 I  outputs of linears and attention; norms, rope and swiglu, which only move bytes, again
     full       H                      the block's input; the whole block again
+Forward and backward take 1.09 and 1.42 times the CPU time of none with selective and full (Zen 3, one thread, fp32, H 512,
+I 1536, 8/4 heads of 64, 512 tokens); under bf16 none also keeps the cast weights of each block.
 Dropout: none. Only the data axis of the mesh may exceed one yet.
 """
 
@@ -225,7 +227,8 @@ class Model(nn.Module):
         return leaf.weight.to(self.compute_dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., H) -> (..., vocab) in the compute dtype."""
+        """hidden (..., H) -> (..., vocab) in the compute dtype, differentiable; the losses and token_logprobs keep the
+        accumulate dtype instead, and so does linear_out(hidden, head_weight, None, y) with a y of that dtype."""
         return self.ops.linear(hidden, self.head_weight)
 
     def new_cache(self) -> KVCache:
