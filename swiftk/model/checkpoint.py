@@ -79,23 +79,22 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file."""
-    if (directory / INDEX).is_file():
-        try:
-            names = json.loads((directory / INDEX).read_text())["weight_map"]
-            return {name: directory / file for name, file in names.items()}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"load_checkpoint: {directory / INDEX} has no readable weight_map ({error!r}); download it again"
-            ) from None
-    path = directory / SINGLE
-    if not path.is_file():
+    """Tensor name -> file; model.safetensors before the index where both lie there, as transformers does."""
+    if (directory / SINGLE).is_file():
+        return dict.fromkeys(_open(directory / SINGLE).keys(), directory / SINGLE)
+    if not (directory / INDEX).is_file():
         found = sorted(p.name for p in directory.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
         raise ValueError(
             f"load_checkpoint: {directory} has {', '.join(found) or 'no weights'}, wants {SINGLE} or {INDEX}; "
             "other formats: load them with transformers and save_pretrained"
         )
-    return dict.fromkeys(_open(path).keys(), path)
+    try:
+        names = json.loads((directory / INDEX).read_text())["weight_map"]
+        return {name: directory / file for name, file in names.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"load_checkpoint: {directory / INDEX} has no readable weight_map ({error!r}); download it again"
+        ) from None
 
 
 def _open(path: Path) -> Any:
