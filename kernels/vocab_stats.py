@@ -123,7 +123,7 @@ def ranges(total: int, size: int) -> Iterator[slice]:
 
 def even_blocks(total: int, size: int) -> Iterator[slice]:
     """As few ranges as `size` allows, of about equal length."""
-    return ranges(total, -(-total // max(1, -(-total // size))))
+    return ranges(total, max(1, -(-total // max(1, -(-total // size)))))
 
 
 def buffer_columns(rows: int, vocab: int, acc: torch.dtype) -> int:
