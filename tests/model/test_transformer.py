@@ -24,8 +24,6 @@ from tests.model.families import FAMILIES, make_ours, pack
 
 REFERENCES = Ops(linear_ref, rms_norm_ref, rope_ref, swiglu_ref, lambda *args, **kw: varlen_attention_ref(*args, **kw)[0])
 
-WAITS = pytest.mark.xfail(strict=False, reason="waits for the C++ kernel of token_logprobs")
-
 
 def assert_close(ours, theirs, bound):
     """Each of (logits, {name: gradient}): max|a - b| <= bound max(max|b|, 1e-3 of the global gradient norm)."""
@@ -78,7 +76,6 @@ def test_a_document_does_not_feel_its_neighbours(family, tmp_path):
     assert touched == [ids[7].item()]
 
 
-@WAITS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_token_at_a_time_gives_the_packed_logprobs(family, dtype, thread_count):
