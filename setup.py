@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Wno-uninitialized",
              "-Wno-maybe-uninitialized"]  # false positives inside GCC 12's immintrin.h
+# SWIFTK_EMULATE_AVX512=1: the avx512 bodies through SIMDe (libsimde-dev), to test them with isa="avx512" on an AVX2 machine
+EMULATE = os.environ.get("SWIFTK_EMULATE_AVX512", "0") == "1"
+EMULATE_FLAGS = ["-DSWIFTK_EMULATE_AVX512", "-mavx2", "-mfma", "-mbmi2", "-O1"]
 LINK_FLAGS = ["-shared", "-fopenmp"]
 
 
@@ -39,10 +42,12 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sysconfig.get_python_version()}"
+        kind = "-emulated" if EMULATE else ""
+        work = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sysconfig.get_python_version()}{kind}"
         work.mkdir(parents=True, exist_ok=True)
         includes = [pybind11.get_include(), sysconfig.get_paths()["include"], ROOT / "csrc"]
-        flags = [*CXX_FLAGS, f'-DSWIFTK_VERSION=\\"{VERSION}\\"', *(f"-I{shell_quote(p)}" for p in includes)]
+        flags = [*CXX_FLAGS, *(EMULATE_FLAGS if EMULATE else [])]
+        flags += [f'-DSWIFTK_VERSION=\\"{VERSION}\\"', *(f"-I{shell_quote(p)}" for p in includes)]
         if sys.platform == "darwin":
             raise SystemExit("swiftk: the C++ kernels build with GCC or Clang on Linux; macOS is not supported yet")
         lines = [

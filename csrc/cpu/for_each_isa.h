@@ -23,6 +23,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(SWIFTK_EMULATE_AVX512)
+#include "cpu/emulate_avx512.h"
+#endif
 
 #define SWIFTK_ISA 0
 namespace swiftk::portable {
@@ -47,7 +50,9 @@ namespace {
 #pragma GCC pop_options
 
 #pragma GCC push_options
+#if !defined(SWIFTK_EMULATE_AVX512)
 #pragma GCC target("avx2,fma,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
 #define SWIFTK_ISA 2
 namespace swiftk::avx512 {
 namespace {

@@ -52,7 +52,7 @@ def test_fp64_kernel_equals_reference():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("K", [1, 15, 64, 333, 2100])
 def test_a_row_depends_on_that_row_alone(K, dtype, isa, thread_count):
-    """M from 1 to 40 (W is packed above 16) and past a block of 72, K past one panel, rows anywhere in a tile, two thread counts."""
+    """M from 1 to 40 (W is packed above 16) and past a block of 72, K past one panel, rows anywhere in a tile."""
     x, w, b = make(140, 70, K, dtype)
     whole = thread_count(2, lambda: linear(x, w, b, isa=isa))
     assert torch.equal(whole, thread_count(1, lambda: linear(x, w, b, isa=isa)))
