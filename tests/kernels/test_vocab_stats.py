@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from swiftk.kernels import vocab_stats as module
 from swiftk.kernels.vocab_stats import merge_vocab_stats, vocab_stats, vocab_stats_ref
 from swiftk.testing.accuracy import assert_accurate
-import itertools
 
 DTYPES = [torch.bfloat16, torch.float32]
 IGNORE = -100
