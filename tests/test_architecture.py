@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from swiftk.kernels._native import native
+
 ROOT = Path(__file__).resolve().parent.parent
 # floor of each folder or file; a file imports its own floor and those below (trainer and decoder never each other)
 FLOORS = {
@@ -97,3 +99,9 @@ def test_twins():
     assert ops == tests, f"kernels without tests, or tests without kernels: {ops ^ tests}"
     assert ops == benches, f"kernels without benchmarks, or benchmarks without kernels: {ops ^ benches}"
     assert native <= ops, f"csrc files without a kernel file: {native - ops}"
+
+
+def test_the_stub_names_what_the_compiled_module_has():
+    stub = {node.name for node in ast.parse((ROOT / "_swiftk_C.pyi").read_text()).body if isinstance(node, ast.FunctionDef)}
+    module = {name for name in dir(native()) if not name.startswith("_")}
+    assert stub == module

@@ -1,0 +1,68 @@
+"""The compiled kernels: addresses, sizes, a dtype code, a thread count, an instruction set. Checked by nobody but kernels/*.py."""
+
+__version__: str
+
+def best_isa() -> str: ...
+def resolve_isa(name: str) -> None: ...
+def linear_fwd(
+    dtype: int, acc_out: bool, x: int, ldx: int, w: int, ldw: int, bias: int, y: int, ldy: int, M: int, N: int, K: int,
+    threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def merge_fwd(
+    dtype: int, out_a: int, lse_a: int, out_b: int, lse_b: int, out: int, lse: int, tokens: int, heads: int, dim: int,
+    threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def merge_bwd(
+    dtype: int, dout: int, dlse: int, out_a: int, lse_a: int, out_b: int, lse_b: int, dout_a: int, dlse_a: int,
+    dout_b: int, dlse_b: int, tokens: int, heads: int, dim: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def rms_norm_fwd(
+    dtype: int, x: int, w: int, y: int, rstd: int, rows: int, cols: int, eps: float, threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def rms_norm_bwd(
+    dtype: int, dy: int, x: int, w: int, rstd: int, dx: int, dw: int, dw_blocks: int, rows: int, cols: int, threads: int,
+    isa: str,
+) -> None: ...  # fmt: skip
+def rope(
+    dtype: int, x: int, token_stride: int, head_stride: int, cos: int, sin: int, table_rows: int, positions: int,
+    wide_positions: bool, y: int, tokens: int, heads: int, head_dim: int, half: int, inverse: bool, threads: int,
+    isa: str,
+) -> None: ...  # fmt: skip
+def rope_table(dtype: int, inv_freq: int, rows: int, half: int, scale: float, cos: int, sin: int, threads: int) -> None: ...
+def swiglu_fwd(
+    dtype: int, gate: int, gate_stride: int, up: int, up_stride: int, y: int, rows: int, cols: int, threads: int,
+    isa: str,
+) -> None: ...  # fmt: skip
+def swiglu_bwd(
+    dtype: int, dy: int, dy_stride: int, gate: int, gate_stride: int, up: int, up_stride: int, dgate: int, dup: int,
+    rows: int, cols: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def varlen_fwd(
+    dtype: int, q: tuple[int, int, int], k: tuple[int, int, int], v: tuple[int, int, int], total_q: int, total_k: int,
+    options: tuple[int, int, int, float, float, int, int], t: tuple[int, int, int], out: int, wide: bool, resume: bool,
+    lse: int, sinks: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def varlen_bwd(
+    dtype: int, dout: tuple[int, int, int], q: tuple[int, int, int], k: tuple[int, int, int], v: tuple[int, int, int],
+    total_q: int, total_k: int, options: tuple[int, int, int, float, float, int, int], t: tuple[int, int, int], out: int,
+    wide: bool, lse: int, dlse: int, sinks: int, scratch: int, dq: int, dk: int, dv: int, dsinks: int, threads: int,
+    isa: str,
+) -> None: ...  # fmt: skip
+def vocab_stats(
+    acc: int, logits: int, stride: int, labels: int, rows: int, cols: int, first_id: int, softcap: float, mx: int, l: int,
+    e: int, sum: int, label: int, argmax: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def vocab_finish(
+    acc: int, mx: int, l: int, e: int, sum: int, label: int, argmax: int, labels: int, first_id: int, vocab: int,
+    log_l: int, lse: int, logprob: int, entropy: int, rows: int,
+) -> None: ...  # fmt: skip
+def vocab_stats_exp(
+    acc: int, gradient: int, logits: int, stride: int, labels: int, rows: int, cols: int, first_id: int, softcap: float,
+    mx: int, l: int, e: int, sum: int, label: int, argmax: int, g: int, g_stride: int, out: int, width: int, threads: int,
+    isa: str,
+) -> None: ...  # fmt: skip
+def vocab_grad(
+    acc: int, gradient: int, logits: int, stride: int, labels: int, rows: int, cols: int, first_id: int, softcap: float,
+    capped: bool, mx: int, log_l: int, entropy: int, dlse: int, dlabel: int, dsum: int, dentropy: int, g: int,
+    g_stride: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
