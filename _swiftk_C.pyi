@@ -1,4 +1,4 @@
-"""The compiled kernels: addresses, sizes, a dtype code, a thread count, an instruction set. Checked by nobody but kernels/*.py."""
+"""The compiled kernels: addresses, sizes, a dtype code, a thread count, an instruction set. kernels/*.py checks them."""
 
 __version__: str
 

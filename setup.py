@@ -20,8 +20,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wno-psabi", "-Wno-uninitialized",
-             "-Wno-maybe-uninitialized"]  # false positives inside GCC 12's immintrin.h
+CXX_FLAGS = [
+    "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fopenmp", "-ffp-contract=off", "-Wall", "-Wno-psabi",
+    "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # false positives inside GCC 12's immintrin.h
+]  # fmt: skip
 # SWIFTK_EMULATE_AVX512=1: the avx512 bodies through SIMDe (libsimde-dev), to test them with isa="avx512" on an AVX2 machine
 EMULATE = os.environ.get("SWIFTK_EMULATE_AVX512", "0") == "1"
 EMULATE_FLAGS = ["-DSWIFTK_EMULATE_AVX512", "-mavx2", "-mfma", "-mbmi2", "-O1"]

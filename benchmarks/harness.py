@@ -27,6 +27,7 @@ RUNS = 3
 MIN_CALLS = 3  # per candidate and run
 MAX_CALLS = 200
 RUN_SECONDS = 1.0  # per run, over all candidates
+SLOW_SECONDS, SLOW_RATIO = 2.0, 20  # a peer slower than both, ratio to ours, is timed once: its ratio needs no three runs
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,11 @@ def measure(case: Case, limits: Limits, options: Options) -> Record:
     peers = {name: f for name, f in case.peers.items() if options.wants(name)}
     candidates: dict[str, Callable[[], Any]] = ({"swiftk": case.run, "self": case.run} if status == "ok" else {}) | peers
     medians: dict[str, list[float]] = {name: [] for name in candidates}
-    for f in candidates.values():
-        f()
+    warm = {name: _seconds(f, options.device) for name, f in candidates.items()}
+    slow = {n: t for n, t in warm.items() if n in peers and "swiftk" in warm and t > max(SLOW_SECONDS, SLOW_RATIO * warm["swiftk"])}
+    for name, seconds in slow.items():
+        del candidates[name]
+        medians[name] = [seconds * 1e3] * (1 if options.quick else RUNS)
     for _ in range(1 if options.quick else RUNS):
         once = sum(_seconds(f, options.device) for f in candidates.values())
         calls = MIN_CALLS if options.quick else max(MIN_CALLS, min(MAX_CALLS, int(RUN_SECONDS / max(once, 1e-9))))
@@ -177,14 +181,16 @@ def measure(case: Case, limits: Limits, options: Options) -> Record:
             order = list(candidates) if call % 2 == 0 else list(reversed(candidates))
             for name in order:
                 times[name].append(_seconds(candidates[name], options.device))
-        for name, seconds in times.items():
-            medians[name].append(statistics.median(seconds) * 1e3)
+        for name, calls_of in times.items():
+            medians[name].append(statistics.median(calls_of) * 1e3)
     peers_ms = {name: statistics.median(medians[name]) for name in peers}
     extra = {}
     if case.peer_memory:
         measured = {name: peak_extra_mib(f, options.device) for name, f in candidates.items() if name != "self"}
         extra = {name: mib for name, mib in measured.items() if mib is not None}
-    common: dict[str, Any] = {"op": case.op, "name": case.name, "dtype": dtype, "peers_ms": peers_ms, "extra_mib": extra, "goal": case.goal}
+    common: dict[str, Any] = {
+        "op": case.op, "name": case.name, "dtype": dtype, "peers_ms": peers_ms, "extra_mib": extra, "goal": case.goal,
+    }  # fmt: skip
     if status != "ok":
         return Record(**common, ms=0.0, ms_runs=[], self_spread=0.0, gb_per_s=0.0, tflop_per_s=0.0, percent_of_limit=0.0,
                       limit="", ratios={}, ratio_runs={}, status=status)  # fmt: skip
