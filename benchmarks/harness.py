@@ -169,7 +169,8 @@ def measure(case: Case, limits: Limits, options: Options) -> Record:
     candidates: dict[str, Callable[[], Any]] = ({"swiftk": case.run, "self": case.run} if status == "ok" else {}) | peers
     medians: dict[str, list[float]] = {name: [] for name in candidates}
     warm = {name: _seconds(f, options.device) for name, f in candidates.items()}
-    slow = {n: t for n, t in warm.items() if n in peers and "swiftk" in warm and t > max(SLOW_SECONDS, SLOW_RATIO * warm["swiftk"])}
+    bound = max(SLOW_SECONDS, SLOW_RATIO * warm.get("swiftk", float("inf")))
+    slow = {name: t for name, t in warm.items() if name in peers and t > bound}
     for name, seconds in slow.items():
         del candidates[name]
         medians[name] = [seconds * 1e3] * (1 if options.quick else RUNS)
