@@ -19,6 +19,8 @@ Not supported: fp16, quantised weights, an activation in the epilogue, a CUDA ke
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape
@@ -102,11 +104,12 @@ def _backward(ctx, dy):
     # dx = dy W,   dW = dy^T x,   db = sum over rows of dy; plain torch, so the gradient of the gradient is torch's
     x, weight = ctx.saved_tensors
     dx = dw = db = None
-    dy2 = dy.reshape(-1, dy.shape[-1])
+    rows = math.prod(dy.shape[:-1])  # not -1, which is ambiguous where a size is 0
+    dy2 = dy.reshape(rows, dy.shape[-1])
     if weight is not None:
         dx = _matmul(dy2, weight).view(*dy.shape[:-1], weight.shape[1])
     if x is not None:
-        dw = _matmul(dy2.t(), x.reshape(-1, x.shape[-1]))
+        dw = _matmul(dy2.t(), x.reshape(rows, x.shape[-1]))
     if ctx.needs_input_grad[2]:
         db = dy2.sum(0, dtype=acc_dtype(dy.dtype)).to(dy.dtype)
     return dx, dw, db, None

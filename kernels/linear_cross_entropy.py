@@ -238,6 +238,11 @@ def _linear_cross_entropy_fwd_cuda(*args):
     no_cuda_kernel("linear_cross_entropy")
 
 
+@torch.library.register_kernel("swiftk::linear_cross_entropy_bwd", "cuda")
+def _linear_cross_entropy_bwd_cuda(*args):
+    no_cuda_kernel("linear_cross_entropy")
+
+
 # --- autograd ----------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,11 @@ def _rms_norm_fwd_cuda(x, weight, eps, isa):
     no_cuda_kernel("rms_norm")
 
 
+@torch.library.register_kernel("swiftk::rms_norm_bwd", "cuda")
+def _rms_norm_bwd_cuda(*args):
+    no_cuda_kernel("rms_norm")
+
+
 @torch.library.register_fake("swiftk::rms_norm_fwd")
 def _rms_norm_fwd_fake(x, weight, eps, isa):
     rows = x.numel() // x.shape[-1]

@@ -74,6 +74,11 @@ def _swiglu_fwd_cuda(gate, up, isa):
     no_cuda_kernel("swiglu")
 
 
+@torch.library.register_kernel("swiftk::swiglu_bwd", "cuda")
+def _swiglu_bwd_cuda(*args):
+    no_cuda_kernel("swiglu")
+
+
 @torch.library.register_fake("swiftk::swiglu_fwd")
 def _swiglu_fwd_fake(gate, up, isa):
     return torch.empty_like(gate, memory_format=torch.contiguous_format)

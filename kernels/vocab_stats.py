@@ -50,7 +50,8 @@ class VocabStats(NamedTuple):
 
 def logits_ref(hidden: torch.Tensor, weight: torch.Tensor, softcap: float = 0.0) -> torch.Tensor:
     """s (T, V), in at least fp32."""
-    z = torch.nn.functional.linear(hidden, weight).to(acc_dtype(hidden.dtype))
+    acc = acc_dtype(hidden.dtype)
+    z = torch.nn.functional.linear(hidden.to(acc), weight.to(acc))
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
@@ -311,6 +312,11 @@ def _vocab_stats_fwd_cuda(*args):
     no_cuda_kernel("vocab_stats")
 
 
+@torch.library.register_kernel("swiftk::vocab_stats_bwd", "cuda")
+def _vocab_stats_bwd_cuda(*args):
+    no_cuda_kernel("vocab_stats")
+
+
 # --- autograd ----------------------------------------------------------------------------------------------------
 
 
@@ -353,8 +359,8 @@ def check_head(op: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torc
         raise ValueError(f"{op}: labels has dtype {labels.dtype}, wants torch.int64")
     if labels.device != hidden.device:
         raise ValueError(f"{op}: labels has device {labels.device}, wants {hidden.device} like hidden")
-    if not softcap >= 0:
-        raise ValueError(f"{op}: softcap has {softcap}, wants 0 (none) or more")
+    if not 0 <= softcap < float("inf"):
+        raise ValueError(f"{op}: softcap has {softcap}, wants a finite number >= 0 (0 for none)")
     check_isa(op, isa)
 
 

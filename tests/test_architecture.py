@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
 
 from swiftk.kernels._native import native
 
@@ -88,6 +91,16 @@ print(sorted(m for m in sys.modules if m.startswith(("swiftk.trainer", "swiftk.m
     for module in ("swiftk.kernels.rms_norm", "swiftk.kernels.linear_cross_entropy", "swiftk.kernels.attention"):
         out = subprocess.run([sys.executable, "-c", code, module], capture_output=True, text=True, cwd=ROOT, check=True)
         assert out.stdout.split() == ["[]", "[]"], (module, out.stdout)
+
+
+def test_every_operator_is_registered_for_cuda():
+    """With a kernel, or with the error that says what to do instead; backward operators too."""
+    for path in sources("kernels"):
+        if not path.stem.startswith("_"):
+            importlib.import_module(".".join(("swiftk", *path.relative_to(ROOT).with_suffix("").parts)))
+    operators = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("swiftk::")}
+    assert len(operators) > 10
+    assert not operators - set(torch._C._dispatch_get_registrations_for_dispatch_key("CUDA"))
 
 
 def test_twins():

@@ -85,6 +85,11 @@ def _fwd_cuda(out_a, lse_a, out_b, lse_b, isa):
     no_cuda_kernel("merge_attention", REFERENCE)
 
 
+@torch.library.register_kernel("swiftk::merge_attention_bwd", "cuda")
+def _bwd_cuda(*args):
+    no_cuda_kernel("merge_attention", REFERENCE)
+
+
 @torch.library.register_fake("swiftk::merge_attention_fwd")
 def _fwd_fake(out_a, lse_a, out_b, lse_b, isa):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (out_a, lse_a))

@@ -168,6 +168,11 @@ def _fwd_cuda(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap
     no_cuda_kernel("varlen_attention", REFERENCE)
 
 
+@torch.library.register_kernel("swiftk::varlen_attention_bwd", "cuda")
+def _bwd_cuda(*args):
+    no_cuda_kernel("varlen_attention", REFERENCE)
+
+
 @torch.library.register_fake("swiftk::varlen_attention_fwd")
 def _fwd_fake(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=acc_dtype(q.dtype))
@@ -239,8 +244,10 @@ def _check_int32(op: str, name: str, tensor: torch.Tensor, q: torch.Tensor, shap
 
 
 def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
-    """(left, right) with causal folded in: it is a window that ends at the query."""
-    return window_size[0], 0 if causal else window_size[1]
+    """(left, right) with causal folded in: it is a window that ends at the query. Positions are int32: 2^32 is everything, and
+    sums with it do not overflow int64."""
+    left, right = (min(int(size), 1 << 32) for size in window_size)
+    return left, 0 if causal else right
 
 
 def _check_segments(op: str, segments: torch.Tensor, q: torch.Tensor) -> None:

@@ -130,6 +130,13 @@ def test_empty_and_non_contiguous():
     assert torch.equal(linear(expanded, w), linear(expanded.contiguous(), w))
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 8), (6, 0, 8), (6, 4, 0), (0, 0, 0)])
+def test_gradients_where_a_size_is_zero(shape):
+    inputs = [t.requires_grad_() for t in make(*shape, torch.float32)]
+    ours, plain = (torch.autograd.grad(f(*inputs).sum(), inputs) for f in (linear, F.linear))
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
+
+
 def test_a_frozen_weight_keeps_no_input_and_gets_no_gradient():
     x, w, b = make(5, 4, 8, torch.float32)
     y = linear(x.requires_grad_(), w, b)

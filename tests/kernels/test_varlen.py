@@ -176,6 +176,13 @@ def test_writes_every_output_and_nothing_else():
     assert not lse[:, inside].isnan().any() and lse[:, ~inside].isnan().all()
 
 
+def test_any_large_window_is_no_window():
+    q, k, v = torch.randn(9, 2, 8), torch.randn(9, 1, 8), torch.randn(9, 1, 8)
+    want = varlen_attention(q, k, v, offsets([4, 5]))
+    for size in (2**31, 2**63 - 1):
+        assert torch.equal(varlen_attention(q, k, v, offsets([4, 5]), window_size=(size, size)), want)
+
+
 def test_strided_inputs():
     qkv = torch.randn(50, 8, 16)
     q, k, v = qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]

@@ -208,7 +208,8 @@ def test_errors():
         vocab_stats(x, w, y.int())
     with pytest.raises(ValueError, match=r"vocab_stats: labels has shape \(3,\), hidden \(4, 8\) needs \(4,\)"):
         vocab_stats(x, w, y[:3])
-    with pytest.raises(ValueError, match="vocab_stats: softcap has -1, wants 0"):
-        vocab_stats(x, w, y, softcap=-1)
+    for softcap in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"vocab_stats: softcap has {softcap}, wants a finite number >= 0"):
+            vocab_stats(x, w, y, softcap=softcap)
     with pytest.raises(ValueError, match="vocab_stats: isa has 'sse9', wants one of"):
         vocab_stats(x, w, y, isa="sse9")
