@@ -93,7 +93,11 @@ class Watchdog:
         return f"{error}; this rank is at collective {mine} ({where}); " + ("; ".join(late) or "all ranks are at the same one")
 
     def reported(self, reason: str, seconds: float = 3.0) -> bool:
-        """Whether rank 0 fails for the same reason, so that one message is enough; waits for it up to `seconds`."""
+        """Whether rank 0 fails for the same reason, so that one message is enough; waits for it up to `seconds`.
+
+        Call it before `failed`: rank 0 would otherwise stop because of this rank, in the middle of its own message.
+        """
+        self.stopped.set()
         deadline = time.monotonic() + seconds
         while self.rank and time.monotonic() < deadline:
             with self.lock:

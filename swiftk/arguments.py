@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import re
 import types
 import typing
@@ -61,6 +62,7 @@ ONE_SO_FAR = {
     "tensor_model_parallel_size": "tensor parallelism", "pipeline_model_parallel_size": "pipeline parallelism",
     "context_parallel_size": "context parallelism", "expert_model_parallel_size": "expert parallelism",
 }  # fmt: skip
+WHAT = ("model", "model_config", "tokenizer", "dataset", "val_dataset")  # without any of these: the preset
 POSITIVE = ("micro_batch_size", "global_batch_size", "logging_steps", "max_length", "packing_length", "num_train_epochs",
             "lr_decay_steps", "save_total_limit", "ddp_timeout", "heartbeat_timeout", "peak_tflops")  # fmt: skip
 NOT_NEGATIVE = ("learning_rate", "min_lr", "warmup_ratio", "weight_decay", "adam_eps", "max_grad_norm", "save_steps",
@@ -79,7 +81,7 @@ class Arguments:
     parallel: ParallelConfig
     yaml_path: str | None  # the YAML that was read, to be copied to the output
     warnings: tuple[str, ...]  # to be printed once, by one rank
-    preset: bool  # no arguments at all
+    preset: bool  # nothing says what to train: the preset with the other keys on top
 
     def flat(self) -> dict[str, Any]:
         """Every key with its value, as args.json has it."""
@@ -191,7 +193,7 @@ def parse_value(name: str, value: Any, kind: Any) -> Any:
         raise wrong() from error
     if kind is int and not isinstance(number, int):
         raise wrong()
-    if kind is float and number != number:
+    if kind is float and not math.isfinite(number):
         raise wrong()
     return number
 
@@ -281,9 +283,14 @@ def read_yaml(path: str, known: dict[str, Key]) -> dict[str, Any]:
         hint = f"; the nearest in {file.parent} is {near[0]}" if near else ""
         raise ArgumentError(f"{path}: no such configuration file{hint}")
     try:
-        block = yaml.load(file.read_text(), Loader=_UniqueKeys)
+        block = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ArgumentError(f"{path}{line}: not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise ArgumentError(f"{path}: not YAML: {error}") from error
+        raise ArgumentError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArgumentError(f"{path}: cannot be read as text: {error}") from error
     except ArgumentError as error:
         raise ArgumentError(f"{path}: {error}") from error
     if block is None:
@@ -361,14 +368,17 @@ def check(values: dict[str, Any]) -> None:
 
 
 def parse(argv: list[str], *, world_size: int = 1, preset: str) -> Arguments:
-    """argv without the program -> Arguments. `preset` is the YAML that stands for no arguments at all."""
+    """argv without the program -> Arguments. `preset` is the YAML that stands for no arguments, or none of WHAT."""
     known = keys()
     warnings: list[str] = []
     path, given = split_argv(argv)
-    if not argv:
-        path = preset
-    raw = normalise(read_yaml(path, known), path, known, warnings) if path else {}
     line = normalise(given, "command line", known, warnings)
+    is_preset = path is None and line.keys().isdisjoint(WHAT)
+    if is_preset:
+        path = preset
+        if argv:
+            warnings.append(f"none of {', '.join(WHAT)} is given: the preset {Path(preset).name} with the given keys on top")
+    raw = normalise(read_yaml(path, known), path, known, warnings) if path else {}
     if "gradient_accumulation_steps" in line and "global_batch_size" not in line:
         raw.pop("global_batch_size", None)
     raw |= line
@@ -388,5 +398,5 @@ def parse(argv: list[str], *, world_size: int = 1, preset: str) -> Arguments:
 
     return Arguments(
         part(RunConfig), part(DataConfig), part(OptimConfig), part(ParallelConfig),
-        yaml_path=path, warnings=tuple(warnings), preset=not argv,
+        yaml_path=path, warnings=tuple(warnings), preset=is_preset,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import traceback
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from swiftk.arguments import ArgumentError, Arguments, help_text, parse
+from swiftk.parallel import comm as communication
 from swiftk.parallel.comm import DistComm
 from swiftk.parallel.mesh import Mesh
 from swiftk.parallel.watchdog import Watchdog
@@ -59,6 +61,21 @@ def connect(arguments: Arguments, rank: int, world_size: int) -> tuple[Mesh, Wat
     return Mesh.from_comm(comm), watchdog
 
 
+def in_a_collective(error: BaseException) -> bool:
+    """Whether it was raised there: then another rank may be to blame, otherwise it is this rank's own."""
+    return any(f.f_code.co_filename == communication.__file__ for f, _ in traceback.walk_tb(error.__traceback__))
+
+
+def fail(message: str, rank: int, watchdog: Watchdog | None) -> int:
+    """One message for people, from rank 0 where all ranks have the same one, and the reason for the others."""
+    reason = message.split("\n")[0]
+    if not (watchdog and watchdog.reported(reason)):
+        print(f"swiftk.train: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
+    if watchdog:
+        watchdog.failed(reason)
+    return 1
+
+
 def main(argv: list[str]) -> int:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if "--help" in argv or "-h" in argv:
@@ -78,7 +95,11 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
     stop = StopFlag()
-    mesh, watchdog = connect(arguments, rank, world_size)
+    try:
+        mesh, watchdog = connect(arguments, rank, world_size)
+    except (RuntimeError, OSError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        return fail(f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}", rank, None)
     try:
         run(
             arguments.run, arguments.data, arguments.optim, mesh, stop, arguments=arguments.flat(),
@@ -86,18 +107,18 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
     except (ValueError, CheckpointError, NonFiniteError, ImportError) as error:
         stop.agreed()
-        reason = str(error).split("\n")[0]
-        if watchdog:
-            watchdog.failed(reason)
-        if not (watchdog and watchdog.reported(reason)):
-            print(f"swiftk.train: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
-        return 1
+        return fail(str(error), rank, watchdog)
     except (RuntimeError, ConnectionError) as error:
-        if not watchdog:
+        if not watchdog or not in_a_collective(error):
+            if watchdog:
+                watchdog.failed(repr(error))
             raise
         reason = watchdog.after_failed_collective(error)
         watchdog.failed(f"its collective failed ({reason})")
         watchdog.end(reason)
+    except OSError as error:  # of a file: the collectives' have been dealt with
+        stop.agreed()
+        return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), rank, watchdog)
     except BaseException as error:
         if watchdog:
             watchdog.failed(repr(error))

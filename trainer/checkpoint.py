@@ -30,9 +30,10 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 MANIFEST, STATE, ARGS, RESUME = "manifest.json", "trainer_state.json", "args.json", "resume"
-SAVING = ".saving-"  # .saving-<checkpoint>@<host>@<pid>: not a checkpoint yet, or not any more
+SAVING = ".saving-"  # .saving-<checkpoint>@<host>@<pid>-<its start>: not a checkpoint yet, or not any more
 # args.json may differ in these and the runs still be equal: paths, how long, how often to report or save
 FREE_KEYS = frozenset(
     ("output_dir", "add_version", "resume_from_checkpoint", "max_steps", "num_train_epochs", "preview", "ddp_timeout",
@@ -104,8 +105,32 @@ def _resume_state(params: dict[str, torch.nn.Parameter], optimizer: torch.optim.
     return state
 
 
+def _started(pid: int) -> str | None:
+    """Ticks from boot to the start of a process, None where there is none: pids come round again, a pair does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return None
+
+
+def _aside(run_dir: Path, name: str) -> Path:
+    return run_dir / f"{SAVING}{name}@{socket.gethostname()}@{os.getpid()}-{_started(os.getpid())}"
+
+
+def _why_unwritten(error: BaseException) -> str | None:
+    """The operating system's reason where it is the cause, whichever library reports it; None: another kind of error."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, CheckpointException):  # DCP: rank -> (what it raised, where)
+        return next(filter(None, (_why_unwritten(e) for e, _ in error.failures.values())), None)
+    found = re.search(r"([^:]+) \(os error \d+\)", str(error))  # safetensors and tokenizers: Rust's words
+    if found:
+        return found[1].strip()
+    return "a file could not be written whole" if "inline_container" in str(error) else None  # torch.save
+
+
 def _link(link: Path, target: str) -> None:
-    aside = link.with_name(f".{link.name}.{os.getpid()}")
+    aside = link.with_name(f".{link.name}.new")
     aside.unlink(missing_ok=True)
     aside.symlink_to(target)
     os.replace(aside, link)
@@ -124,7 +149,8 @@ def save(
     Raises: CheckpointError if the disk is full or not writable; earlier checkpoints are untouched.
     """
     final = run_dir / f"checkpoint-{state.step}"
-    aside = run_dir / f"{SAVING}{final.name}@{socket.gethostname()}@{os.getpid()}"
+    aside = _aside(run_dir, final.name)
+    replaced: Path | None = None
     try:
         aside.mkdir()
         write_model(aside)
@@ -141,36 +167,49 @@ def save(
         for folder in (aside / RESUME, aside):
             fsync_path(folder)
         if final.exists():  # of a run that went on from an earlier step
-            _remove(final)
+            replaced = _unname(final)
         os.replace(aside, final)
         fsync_path(run_dir)
-    except OSError as error:
+    except (Exception, CheckpointException) as error:  # the second is a BaseException
         shutil.rmtree(aside, ignore_errors=True)
+        if replaced is not None and not final.exists():
+            os.replace(replaced, final)
+        reason = _why_unwritten(error)
+        if reason is None:
+            raise
         last = newest(run_dir)
         raise CheckpointError(
-            f"checkpoint: step {state.step} could not be saved to {run_dir}: {error.strerror or error}; "
+            f"checkpoint: step {state.step} could not be saved to {run_dir}: {reason}; "
             + (f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint")
             + "; make room or choose another --output_dir, then --resume_from_checkpoint auto"
         ) from error
-    _link(run_dir / "last", final.name)
-    if is_best:
-        _link(run_dir / "best", final.name)
-    top = run_dir.parent if re.match(r"v\d+-", run_dir.name) else None
-    if top:
-        _link(top / "last", f"{run_dir.name}/{final.name}")
-    if save_total_limit is not None:
-        keep = {final.name, os.readlink(run_dir / "best") if (run_dir / "best").is_symlink() else final.name}
-        others = [c for c in checkpoints(run_dir) if c.name not in keep]
-        for old in others[: max(0, len(others) + len(keep) - max(save_total_limit, len(keep)))]:
-            _remove(old)
+    try:
+        _link(run_dir / "last", final.name)
+        if is_best:
+            _link(run_dir / "best", final.name)
+        top = run_dir.parent if re.match(r"v\d+-", run_dir.name) else None
+        if top:
+            _link(top / "last", f"{run_dir.name}/{final.name}")
+        if replaced:
+            shutil.rmtree(replaced)
+        if save_total_limit is not None:
+            keep = {final.name, os.readlink(run_dir / "best") if (run_dir / "best").is_symlink() else final.name}
+            others = [c for c in checkpoints(run_dir) if c.name not in keep]
+            for old in others[: max(0, len(others) + len(keep) - max(save_total_limit, len(keep)))]:
+                shutil.rmtree(_unname(old))
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint: {final} is saved, but {error.filename or run_dir} could not be changed: {error.strerror}; "
+            "--resume_from_checkpoint auto goes on from it"
+        ) from error
     return final
 
 
-def _remove(checkpoint: Path) -> None:
+def _unname(checkpoint: Path) -> Path:
     """Takes the name away first, so that a half-removed directory is never found."""
-    doomed = checkpoint.with_name(f"{SAVING}{checkpoint.name}@{socket.gethostname()}@{os.getpid()}.old")
+    doomed = _aside(checkpoint.parent, f"{checkpoint.name}.old")
     os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 # --- finding -----------------------------------------------------------------------------------------------------
@@ -207,11 +246,16 @@ def read_state(checkpoint: Path) -> TrainerState:
 
 def newest(*run_dirs: Path) -> Path | None:
     """The valid checkpoint that was saved last."""
-    valid = [c for d in run_dirs for c in checkpoints(d) if invalid(c, hashes=False) is None]
-    for candidate in sorted(valid, key=lambda c: read_state(c).saved_at, reverse=True):
-        if invalid(candidate) is None:
-            return candidate
-    return None
+    found = [c for d in run_dirs for c in checkpoints(d)]
+    return next((c for c in sorted(found, key=_saved_at, reverse=True) if invalid(c) is None), None)
+
+
+def _saved_at(checkpoint: Path) -> float:
+    """Seconds since 1970; not the files' times, which a copy changes. 0 for what is damaged."""
+    try:
+        return float(read_state(checkpoint).saved_at)
+    except (OSError, ValueError, TypeError):
+        return 0.0
 
 
 def differing(saved: dict[str, Any], args: dict[str, Any]) -> list[str]:
@@ -232,11 +276,7 @@ def find_resumable(output_dir: Path, args: dict[str, Any]) -> tuple[Path | None,
     """`auto`: the newest valid checkpoint under output_dir whose arguments are equal, and why newer ones were passed over."""
     found = [c for d in run_dirs(output_dir) for c in checkpoints(d)]
     notes: list[str] = []
-
-    def age(c: Path) -> float:
-        return (c / MANIFEST).stat().st_mtime if (c / MANIFEST).exists() else c.stat().st_mtime
-
-    for candidate in sorted(found, key=age, reverse=True):
+    for candidate in sorted(found, key=_saved_at, reverse=True):
         why = invalid(candidate)
         if why is None:
             different = differing(json.loads((candidate / ARGS).read_text())["arguments"], args)
@@ -295,9 +335,10 @@ def remove_leftovers(output_dir: Path) -> list[Path]:
     removed = []
     for directory in run_dirs(output_dir):
         for path in directory.glob(f"{SAVING}*@*@*"):
-            _, host, owner = path.name.rsplit("@", 2)
-            pid = int(owner.split(".")[0])
-            if host == socket.gethostname() and (pid == os.getpid() or not Path(f"/proc/{pid}").exists()):
+            found = re.fullmatch(r".*@([^@]*)@(\d+)-(\w+)", path.name)
+            if not found or found[1] != socket.gethostname():
+                continue
+            if int(found[2]) == os.getpid() or _started(int(found[2])) != found[3]:
                 shutil.rmtree(path, ignore_errors=True)
                 removed.append(path)
     return removed

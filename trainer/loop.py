@@ -92,7 +92,11 @@ def train(t: Training) -> bool:
 
         norm = gradient_norm(params.values())
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):
-            raise NonFiniteError(describe_non_finite(t, batches, losses, loss_sum / max(1, trained), norm))
+            path = write_rows(t, t.step + 1, batches, [loss.per_token for loss in losses])
+            raise NonFiniteError(
+                f"step {t.step + 1}: the loss is {loss_sum / max(1, trained)}, the gradient norm {norm}; the weights were not "
+                f"updated. {advice(t, path)}"
+            )
         clip_gradients_(params.values(), norm, t.optim.max_grad_norm)
         rate = learning_rate(t.step, t.total_steps, t.optim)
         set_learning_rate(t.optimizer, rate)
@@ -112,7 +116,7 @@ def train(t: Training) -> bool:
         evaluation = evaluate_and_report(t, window) if last or (eval_steps and t.step % eval_steps == 0) else None
         if last or (config.save_steps and t.step % config.save_steps == 0):
             save(t, evaluation, window)
-    finished = t.step == t.total_steps
+    finished = t.step >= t.total_steps  # beyond: of a resumed run whose max_steps is lower now
     t.stop.agreed()  # from here on the run ends by itself
     if t.saved_step != t.step:
         save(t, evaluation, window)
@@ -142,6 +146,11 @@ def save(t: Training, evaluation: Evaluation | None, window: Window) -> None:
 
     `best` is the checkpoint with the lowest held-out loss among those that were saved at a step with an evaluation.
     """
+    if not all(bool(p.isfinite().all()) for p in t.model.parameters()):  # on every rank: they hold the same
+        path = write_rows(t, t.step, [collate(t.dataset, micro_batch) for micro_batch in t.plan.step(t.step - 1)])
+        raise NonFiniteError(
+            f"step {t.step}: the weights are NaN or infinite after its update and are not saved. {advice(t, path)}"
+        )
     is_best = evaluation is not None and (t.best is None or evaluation.nats_per_token < t.best[0])
     if evaluation is not None and is_best:
         t.best = (evaluation.nats_per_token, t.step)
@@ -168,23 +177,28 @@ def save(t: Training, evaluation: Evaluation | None, window: Window) -> None:
     t.saved_step = t.step
 
 
-def describe_non_finite(t: Training, batches: list[Batch], losses: list[TokenLoss], loss: float, norm: float) -> str:
-    """Writes this rank's rows of the step to a file and returns the message; `t.step` is the step that failed, from 0."""
-    path = t.run_dir / f"non-finite-step-{t.step + 1}-rank-{t.mesh.world.rank}.jsonl"
+def write_rows(t: Training, step: int, batches: list[Batch], per_token: list[torch.Tensor] | None = None) -> Path:
+    """Writes this rank's rows of a step (counted from 1) to a file, with their losses where given; returns its path."""
+    path = t.run_dir / f"non-finite-step-{step}-rank-{t.mesh.world.rank}.jsonl"
     with open(path, "w") as file:
-        for batch, found in zip(batches, losses, strict=True):
-            guilty, bounds = set(non_finite_documents(batch, found.per_token)), batch.cu_seqlens.tolist()
+        for number, batch in enumerate(batches):
+            losses = None if per_token is None else per_token[number]
+            guilty = set() if losses is None else set(non_finite_documents(batch, losses))
+            bounds = batch.cu_seqlens.tolist()
             for i, row in enumerate(batch.rows):
-                ids = batch.input_ids[bounds[i] : bounds[i + 1]].tolist()
-                line = {
-                    "row": row, "source": t.dataset.rows[row].source, "finite": i not in guilty,
-                    "loss": repr(float(found.per_token[bounds[i] : bounds[i + 1]].sum())),
-                    "text": t.tokenizer.decode(ids), "input_ids": ids,
-                }  # fmt: skip
+                inside = slice(bounds[i], bounds[i + 1])
+                ids = batch.input_ids[inside].tolist()
+                line = {"row": row, "source": t.dataset.rows[row].source, "text": t.tokenizer.decode(ids), "input_ids": ids}
+                if losses is not None:
+                    line |= {"finite": i not in guilty, "loss": repr(float(losses[inside].sum()))}
                 file.write(json.dumps(line) + "\n")
-    last = checkpoint.newest(t.run_dir)
+    return path
+
+
+def advice(t: Training, rows: Path) -> str:
+    """Where the rows of the step are, what is still good, what to try."""
     return (
-        f"step {t.step + 1}: the loss is {loss}, the gradient norm {norm}; the weights were not updated. "
-        f"The rows of the step are in {t.run_dir}/non-finite-step-{t.step + 1}-rank-*.jsonl; "
-        f"the last good checkpoint is {last or 'none yet'}. Try a lower learning_rate, or --torch_dtype float32"
+        f"The rows of the step are in {rows.with_name(rows.name.rsplit('-', 1)[0])}-*.jsonl; "
+        f"the last good checkpoint is {checkpoint.newest(t.run_dir) or 'none yet'}. "
+        "Try a lower learning_rate, or --torch_dtype float32"
     )

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -147,7 +147,10 @@ class Reporter:
         if self.quiet:
             return
         assert self.lines is not None
-        self.lines.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+        try:
+            self.lines.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.lines.name) from error  # a write does not know its file
         for name, value in values.items():
             if self.board and isinstance(value, int | float):
                 self.board.add_scalar(f"train/{name}" if not name.startswith("eval_") else f"eval/{name[5:]}", value, step)
@@ -177,4 +180,5 @@ class Reporter:
         if self.board:
             self.board.close()
         if self.lines:
-            self.lines.close()
+            with suppress(OSError):  # what could not be written the first time; `record` has said so
+                self.lines.close()

@@ -117,13 +117,18 @@ def find_resume(config: RunConfig, output_dir: Path, args: dict[str, Any], mesh:
 
 def prepare_run_dir(config: RunConfig, output_dir: Path, resume: Path | None, arguments: dict[str, Any], yaml_path: str | None,
                     bytes_needed: int, mesh: Mesh) -> Path:  # fmt: skip
-    """A resumed run goes on in the directory of its checkpoint; a new one gets its own."""
+    """An equal run under output_dir goes on in the directory of its checkpoint; any other gets a new one, so that a resume
+    from elsewhere, or with other arguments, writes over nothing."""
     run_dir: Path | None = None
     problem: str | None = None
     if mesh.world.rank == 0:
         try:
             checkpoint.check_room(output_dir, bytes_needed)
-            run_dir = resume.parent if resume else checkpoint.new_run_dir(output_dir, config.add_version)
+            inside = resume is not None and resume.parent in [d.resolve() for d in checkpoint.run_dirs(output_dir)]
+            if resume is not None and inside and not unusual(resume, arguments["arguments"]):
+                run_dir = resume.parent
+            else:
+                run_dir = checkpoint.new_run_dir(output_dir, config.add_version)
             checkpoint.write_text(run_dir / checkpoint.ARGS, json.dumps(arguments, indent=1, sort_keys=True))
             if yaml_path:
                 shutil.copyfile(yaml_path, run_dir / Path(yaml_path).name)
@@ -161,6 +166,8 @@ def run(
     tokenizer = build_tokenizer(config, data, shape.vocab_size, resume, mesh)
     check_vocab(tokenizer, shape.vocab_size)
     max_length = min(data.max_length or shape.max_position_embeddings, shape.max_position_embeddings)
+    if data.max_length and data.max_length > max_length and not quiet:
+        print(f"careful: max_length has {data.max_length}, the model ends at {max_length} positions, which is used", flush=True)
     dataset, held_out = load_splits(data, tokenizer, max_length)
     plan = plan_of(dataset, config, data, max_length, mesh)
     if config.preview:
@@ -194,7 +201,10 @@ def run(
     t = Training(
         config=config, optim=optim, mesh=mesh, model=model, optimizer=optimizer, tokenizer=tokenizer, dataset=dataset,
         plan=plan, held_out=None, run_dir=run_dir, args=facts, fingerprint=mark, total_steps=total_steps, peak=peak, stop=stop,
-        reporter=Reporter(run_dir, total_steps, config.report_to, quiet=quiet, start_step=0),
+        reporter=Reporter(
+            run_dir, total_steps, config.report_to, quiet=quiet,
+            start_step=checkpoint.read_state(resume).step if resume and resume.parent == run_dir else 0,
+        ),
     )  # fmt: skip
     if held_out is not None:
         whole = plan_of(held_out, config, data, max_length, mesh, whole=True)
@@ -211,6 +221,13 @@ def run(
             t.reporter.say(f"stopped by {name} after step {t.step}, saved; go on with:\n  {resume_command}")
         elif not quiet:
             closing_words(t)
+    except ConnectionError:  # of a collective
+        raise
+    except OSError as error:  # of the log, or of the rows of a step
+        raise checkpoint.CheckpointError(
+            f"{error.filename or run_dir} cannot be written: {error.strerror or error}; "
+            f"the last good checkpoint is {checkpoint.newest(run_dir) or 'none yet'}"
+        ) from error
     finally:
         t.reporter.close()
     return finished
@@ -257,7 +274,10 @@ def restore(t: Training, state: checkpoint.TrainerState) -> None:
             f"careful: the run had {state.total_steps} steps and has {t.total_steps} now, so the learning rate follows another "
             "curve from here on; --lr_decay_steps fixes it"
         )
-    t.step, t.consumed_tokens, t.saved_step = state.step, state.consumed_tokens, state.step
+    if state.step >= t.total_steps:
+        t.reporter.say(f"the checkpoint is of step {state.step} of {t.total_steps}: nothing is left to train")
+    t.step, t.consumed_tokens = state.step, state.consumed_tokens
+    t.saved_step = state.step if (t.run_dir / f"checkpoint-{state.step}").is_dir() else -1
     t.reporter.start_step = state.step
     if state.best_loss is not None and state.best_step is not None:
         t.best = (state.best_loss, state.best_step)

@@ -33,7 +33,8 @@ class StopFlag:
         self.grace = grace
         self.first: float | None = None
         self.signal_name = ""
-        self.longest_step, self._boundary = 0.0, time.monotonic()
+        self.longest_step = 0.0
+        self._boundary: float | None = None  # of the last step; what comes before the first one is not a step
         self._hurry = True
         self._agreed = threading.Event()
         self._handlers: dict[signal.Signals, Any] = {}
@@ -79,7 +80,9 @@ class StopFlag:
     def at_boundary(self) -> int:
         """1 if this rank wants to stop, for the step's all-reduce."""
         now = time.monotonic()
-        self.longest_step, self._boundary = max(self.longest_step, now - self._boundary), now
+        if self._boundary is not None:
+            self.longest_step = max(self.longest_step, now - self._boundary)
+        self._boundary = now
         return int(self.requested)
 
     @contextmanager
@@ -90,7 +93,8 @@ class StopFlag:
             yield
         finally:
             self._hurry = True
-            self._boundary += time.monotonic() - begin
+            if self._boundary is not None:
+                self._boundary += time.monotonic() - begin
 
     def agreed(self) -> None:
         self._agreed.set()

@@ -100,6 +100,7 @@ def test_aliases_that_convert():
         (["--tokenizer", "train"], "tokenizer: has 'train', wants model_config"),
         (["--gradient_accumulation_steps", "2", "--global_batch_size", "8"], "are both given"),
         (["--max_steps", "0"], "max_steps: has 0"),
+        (["--learning_rate", "inf"], "learning_rate: has 'inf', wants a number"),
     ],
 )
 def test_errors(argv, message):
@@ -124,7 +125,7 @@ def test_yaml_errors(tmp_path):
         ("model: m\nmodle: n\n", "unknown key 'modle'; the nearest is 'model'"),
         ("model: m\nmodel: n\n", "model is given twice"),
         ("a: {seed: 1}\nb: {seed: 2}\n", "seed is given twice"),
-        ("model: [\n", "not YAML"),
+        ("model: [\n", r"config.yaml line 2: not YAML: [^\n]+$"),
         ("- 1\n", "has list, wants keys and values"),
         ("model: m\ndataset: [1]\n", r"dataset: has \[1\], wants a list of strings"),
         ("model: 3\ndataset: d\n", "model: has 3, wants a string"),
@@ -132,6 +133,9 @@ def test_yaml_errors(tmp_path):
     ):
         with pytest.raises(ArgumentError, match=message):
             parse(yaml(text), preset=str(PRESET))
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ArgumentError, match=r"config.yaml: cannot be read as text"):
+        parse([str(tmp_path / "config.yaml")], preset=str(PRESET))
     with pytest.raises(ArgumentError, match=r"confg.yaml: no such configuration file; the nearest in .* is config.yaml"):
         parse([str(tmp_path / "confg.yaml")], preset=str(PRESET))
 
@@ -142,6 +146,14 @@ def test_no_arguments_are_the_preset():
     assert a.data.dataset and a.data.split_dataset_ratio > 0 and a.run.output_dir is not None
     example = Path(__file__).resolve().parents[2] / "examples" / "tiny.yaml"
     assert example.read_text() == PRESET.read_text()  # one file, linked
+
+
+def test_keys_that_do_not_say_what_to_train_go_on_top_of_the_preset():
+    a = parse(["--preview", "2"], preset=str(PRESET))
+    assert a.preset and a.run.preview == 2 and a.run.model_config == parse([], preset=str(PRESET)).run.model_config
+    assert a.yaml_path == str(PRESET) and "the preset tiny.yaml with the given keys on top" in a.warnings[0]
+    with pytest.raises(ArgumentError, match="dataset: has nothing"):
+        parse(["--model", "m", "--preview", "2"], preset=str(PRESET))
 
 
 def test_help_lists_every_key_with_its_default_and_comment():

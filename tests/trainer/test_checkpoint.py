@@ -146,13 +146,45 @@ def test_leftovers_of_dead_processes_are_removed_and_others_left(run_dir):
 
     host = socket.gethostname()
     dead, alive, far = (
-        run_dir / f".saving-checkpoint-3@{owner}" for owner in (f"{host}@4194304999", f"{host}@1", "elsewhere@1")
+        run_dir / f".saving-checkpoint-3@{owner}"
+        for owner in (f"{host}@4194304999-5", f"{host}@{os.getppid()}-{checkpoint._started(os.getppid())}", "elsewhere@1-5")
     )
-    for path in (dead, alive, far):
+    recycled = run_dir / f".saving-checkpoint-4@{host}@{os.getppid()}-5"  # a living process, but not the one that wrote this
+    for path in (dead, alive, far, recycled):
         path.mkdir()
         (path / "half").write_text("x")
-    assert checkpoint.remove_leftovers(run_dir.parent) == [dead]
+    assert set(checkpoint.remove_leftovers(run_dir.parent)) == {dead, recycled}
     assert alive.exists() and far.exists()
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced_only_by_a_whole_one(run_dir, monkeypatch):
+    params, optimizer = make()
+    write(run_dir, 1, params, optimizer)
+    replace, calls = os.replace, []
+
+    def full(source, target):
+        calls.append(target)
+        if str(target).endswith("checkpoint-1") and ".old@" not in str(source) and str(source).count(".saving"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    with pytest.raises(checkpoint.CheckpointError, match=r"last good checkpoint is .*checkpoint-1"):
+        write(run_dir, 1, params, optimizer)
+    monkeypatch.undo()
+    assert checkpoint.invalid(run_dir / "checkpoint-1") is None and not list(run_dir.glob(".saving*"))
+    write(run_dir, 1, params, optimizer)
+    assert checkpoint.invalid(run_dir / "checkpoint-1") is None and not list(run_dir.glob(".*"))
+
+
+def test_a_damaged_state_does_not_hide_the_good_one(run_dir):
+    params, optimizer = make()
+    good, bad = write(run_dir, 1, params, optimizer), write(run_dir, 2, params, optimizer)
+    size = (bad / "trainer_state.json").stat().st_size
+    (bad / "trainer_state.json").write_bytes(b"\0" * size)
+    assert checkpoint.newest(run_dir) == good
+    found, _ = checkpoint.find_resumable(run_dir.parent, ARGS["arguments"])
+    assert found == good
 
 
 def test_auto_takes_the_newest_of_an_equal_run(run_dir, tmp_path):

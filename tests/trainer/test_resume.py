@@ -99,11 +99,32 @@ def test_an_explicit_directory_warns_and_another_dataset_is_refused(straight, tm
     text = capsys.readouterr().out
     assert "careful: the run differs in learning_rate: 0.01 -> 0.02" in text
     assert "careful: the run had 10 steps and has 6 now" in text
+    (new,) = (tmp_path / "out").glob("v*")  # nothing is written where it was not asked for
+    assert (new / "checkpoint-6").is_dir() and not (middle.parent / "checkpoint-6").exists()
     rows = toy.write_rows(tmp_path / "rows.jsonl", count=30)
     with pytest.raises(checkpoint.CheckpointError, match="the dataset's tokens are not those of the checkpoint"):
         toy.launch({**resumed, "dataset": (str(rows),)})
     with pytest.raises(checkpoint.CheckpointError, match="cannot be resumed: there is no such directory"):
         toy.launch({**resumed, "resume_from_checkpoint": str(tmp_path / "nothing")})
+
+
+def test_other_arguments_do_not_write_over_the_run_they_start_from(straight, tmp_path):
+    keys, _, _ = straight
+    mine = {**keys, "output_dir": str(tmp_path / "out")}
+    toy.launch({**mine, "max_steps": 5})
+    (run_dir,) = (tmp_path / "out").glob("v0-*")
+    before = (run_dir / "args.json").read_text()
+    toy.launch({**mine, "learning_rate": 0.5, "max_steps": 6, "resume_from_checkpoint": str(run_dir / "checkpoint-5")})
+    assert (run_dir / "args.json").read_text() == before and not (run_dir / "checkpoint-6").exists()
+    assert next((tmp_path / "out").glob("v1-*/checkpoint-6")).is_dir()
+
+
+def test_fewer_steps_than_are_done_is_a_finished_run(straight, tmp_path, capsys):
+    keys, _, _ = straight
+    mine = {**keys, "output_dir": str(tmp_path / "out"), "max_steps": 5}
+    toy.launch(mine)
+    assert toy.launch({**mine, "max_steps": 3, "resume_from_checkpoint": "auto"})
+    assert "the checkpoint is of step 5 of 3: nothing is left to train" in capsys.readouterr().out
 
 
 # --- kill -9 -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_two_ranks_end_with_identical_weights_and_follow_one(tmp_path):
 
 
 def test_a_non_finite_loss_stops_with_step_checkpoint_and_rows(tmp_path):
-    keys = toy.arguments(tmp_path, save_steps=1, max_steps=4)
+    keys = toy.arguments(tmp_path, save_steps=2, max_steps=4)
     original = torch.optim.AdamW.step
     steps = []
 
@@ -166,10 +167,59 @@ def test_a_non_finite_loss_stops_with_step_checkpoint_and_rows(tmp_path):
     finally:
         torch.optim.AdamW.step = original
     (run_dir,) = (tmp_path / "out").glob("v0-*")
-    assert f"the last good checkpoint is {run_dir}/checkpoint-3" in str(caught.value)
+    assert f"the last good checkpoint is {run_dir}/checkpoint-2" in str(caught.value)
     rows = [json.loads(line) for line in (run_dir / "non-finite-step-4-rank-0.jsonl").read_text().splitlines()]
     assert rows and any(not row["finite"] for row in rows)
     assert all(row["source"].startswith("rows.jsonl line") and "<|im_start|>" in row["text"] for row in rows)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """An update may overflow after a finite loss and gradient: such a checkpoint would pass for the last good one."""
+    with pytest.raises(NonFiniteError, match=r"step 1: the weights are NaN or infinite after its update .* is none yet"):
+        toy.launch(toy.arguments(tmp_path, save_steps=1, learning_rate=1e300))
+    (run_dir,) = (tmp_path / "out").glob("v0-*")
+    assert not list(run_dir.glob("checkpoint-*")) and not list(run_dir.glob(".saving*"))
+    rows = [json.loads(line) for line in (run_dir / "non-finite-step-1-rank-0.jsonl").read_text().splitlines()]
+    assert rows and all(row["source"].startswith("rows.jsonl line") for row in rows)
+
+
+@pytest.mark.parametrize("limit", [1000, 8000, 40000])
+def test_a_disk_that_fills_up_while_it_saves(tmp_path, capsys, monkeypatch, limit):
+    """The kernel's own error (a limit on the size of files), through safetensors, tokenizers and DCP: one line, and the first
+    checkpoint intact."""
+    save = checkpoint.save
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def then_full(*args, **kwargs):
+        path = save(*args, **kwargs)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        return path
+
+    monkeypatch.setattr(checkpoint, "save", then_full)
+    threads = torch.get_num_threads()
+    try:
+        code = main(toy.argv(toy.arguments(tmp_path, save_steps=1, eval_steps=0)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 1 and len(lines) == 1, lines
+    (run_dir,) = (tmp_path / "out").glob("v0-*")
+    assert f"the last good checkpoint is {run_dir}/checkpoint-1" in lines[0] and "File too large" in lines[0], lines
+    assert [p.name for p in checkpoint.checkpoints(run_dir)] == ["checkpoint-1"] and not list(run_dir.glob(".*"))
+    assert checkpoint.invalid(run_dir / "checkpoint-1") is None
+
+
+def test_a_log_that_cannot_be_written(tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        return open("/dev/full", "a", buffering=1)
+
+    monkeypatch.setattr("swiftk.trainer.metrics.open", full, raising=False)
+    threads = torch.get_num_threads()
+    assert main(toy.argv(toy.arguments(tmp_path))) == 1
+    torch.set_num_threads(threads)
+    error = capsys.readouterr().err
+    assert error == "swiftk.train: /dev/full cannot be written: No space left on device; the last good checkpoint is none yet\n"
 
 
 def test_an_output_directory_that_cannot_be_written(tmp_path):

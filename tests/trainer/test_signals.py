@@ -146,6 +146,17 @@ def test_torchrun_stops_and_saves(tmp_path):
     assert checkpoint.newest(next((tmp_path / "out").glob("v*"))) is not None
 
 
+def test_what_comes_before_the_first_step_is_not_a_step():
+    """Reading a dataset for minutes must not let a hang at a stop last for minutes."""
+    flag = StopFlag(listen=False)
+    time.sleep(0.05)
+    flag.at_boundary()
+    assert flag.longest_step == 0.0
+    time.sleep(0.05)
+    flag.at_boundary()
+    assert 0.05 <= flag.longest_step < 5
+
+
 def test_handlers_are_restored_and_the_flag_is_seen():
     before = signal.getsignal(signal.SIGTERM)
     flag = StopFlag(grace=60)
