@@ -224,11 +224,13 @@ def checkpoints(run_dir: Path) -> list[Path]:
 def invalid(checkpoint: Path, *, hashes: bool = True) -> str | None:
     """Why the checkpoint cannot be trusted, or None. `hashes` reads every byte; without, sizes only."""
     try:
-        listing = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        listing = dict(json.loads((checkpoint / MANIFEST).read_text())["files"])
     except FileNotFoundError:
         return f"{MANIFEST} is missing: the save did not finish"
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+    except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is not readable"
+    for name in sorted({STATE, ARGS} - listing.keys()):
+        return f"{MANIFEST} does not list {name}"
     for name, want in listing.items():
         path = checkpoint / name
         if not path.is_file():

@@ -172,7 +172,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
     if not tokenizer.is_fast:
         raise ValueError("template: the tokenizer has no character offsets, wants a fast one (tokenizer.json)")
     mark = "\ue0001\ue000"
-    written = _render([{"role": "user", "content": "u"}, {"role": "assistant", "content": mark}], tokenizer)
+    try:
+        written = _render([{"role": "user", "content": "u"}, {"role": "assistant", "content": mark}], tokenizer)
+    except RowError as error:
+        raise ValueError(f"template: the simplest chat, a question and its reply, {error}") from None
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     following = written.rpartition(mark)[2].lstrip()
     stop = max((s for s in special if following.startswith(s)), key=len, default=None)

@@ -62,7 +62,9 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"tokenizer: {directory} holds none that loads ({str(error).splitlines()[0]})") from error
+        absent = not (Path(directory) / "tokenizer.json").is_file()
+        why = "there is no tokenizer.json" if absent else str(error).splitlines()[0]
+        raise ValueError(f"tokenizer: {directory} holds none that loads ({why})") from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer: {directory} has no tokenizer.json, wants one: loss masks need its character offsets")
     return tokenizer

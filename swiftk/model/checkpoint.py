@@ -75,7 +75,7 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
     problems += [f"{name} is not a parameter of the model, wants it absent" for name in sorted(extra)]
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise ValueError(f"load_checkpoint: {directory} does not fit the model:\n  " + "\n  ".join(shown))
+        raise ValueError(f"load_checkpoint: {directory} does not fit the model: " + "\n  ".join(shown))
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:

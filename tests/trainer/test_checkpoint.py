@@ -84,6 +84,8 @@ def test_another_model_is_refused_by_name(run_dir):
     [
         (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing: the save did not finish"),
         (lambda p: (p / "manifest.json").write_text("{"), "manifest.json is not readable"),
+        (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json is not readable"),
+        (lambda p: (p / "manifest.json").write_text('{"files": {}}'), "manifest.json does not list args.json"),
         (lambda p: (p / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda p: (p / "model.safetensors").write_bytes(b"w" * 9), "model.safetensors has 9 bytes, wants 700"),
         (lambda p: (p / "model.safetensors").write_bytes(b"Weights" * 100), "model.safetensors has another SHA-256"),

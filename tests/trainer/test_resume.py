@@ -152,14 +152,26 @@ def start(keys, code="import sys; from swiftk.train import main; sys.exit(main(s
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=env)
 
 
+def read_until(process, text):
+    """The lines of its output up to the one with `text`, or all."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            break
+    return seen
+
+
 def test_kill_in_the_middle_of_a_save(straight, tmp_path, capsys):
     """The second save (step 10) is killed before its manifest: step 5 stays valid, and going on ends at the same weights."""
     keys, _, last = straight
     killed = {**keys, "output_dir": str(tmp_path / "out")}
     process = start(killed, PAUSE)
-    assert any("IN THE MIDDLE" in line for line in process.stdout)
+    seen = read_until(process, "IN THE MIDDLE")
     process.kill()
     process.wait()
+    process.stdout.close()
+    assert "IN THE MIDDLE" in seen[-1], "".join(seen)
     (run_dir,) = (tmp_path / "out").glob("v*")
     (left,) = run_dir.glob(".saving-checkpoint-10*")
     assert checkpoint.newest(run_dir).name == "checkpoint-5" and os.readlink(run_dir / "last") == "checkpoint-5"
@@ -174,18 +186,17 @@ def test_kill_at_twenty_moments(straight, tmp_path):
     """At any moment at most save_steps steps are lost, and the end is the same."""
     keys, _, _ = straight
     keys = {**keys, "save_steps": 2, "max_steps": 20}
-    begin = time.monotonic()
     whole = start({**keys, "output_dir": str(tmp_path / "whole")})
+    read_until(whole, "eval_loss")  # from here on it trains and saves; what comes before has nothing to lose
+    begin = time.monotonic()
     whole.communicate()
     takes = time.monotonic() - begin
-    rng = random.Random(0)
+    rng, went_on = random.Random(0), 0
     for moment in range(20):
         mine = {**keys, "output_dir": str(tmp_path / f"out{moment}"), "resume_from_checkpoint": "auto"}
         process = start(mine)
-        seen = []
-        timer = time.monotonic() + takes * rng.uniform(0.3, 1.0)
-        while time.monotonic() < timer and process.poll() is None:
-            time.sleep(0.005)
+        read_until(process, "eval_loss")
+        time.sleep(takes * rng.uniform(0.0, 1.0))
         process.send_signal(signal.SIGKILL)
         seen = process.communicate()[0].splitlines()
         steps = [line.split("global_step/max_steps ")[1].split("/")[0] for line in seen if line.startswith("loss ")]
@@ -195,7 +206,10 @@ def test_kill_at_twenty_moments(straight, tmp_path):
         assert resumed.returncode == 0, text
         found = [int(line.rsplit("-", 1)[1]) for line in text.splitlines() if line.startswith("resuming from")]
         assert done - (found or [0])[0] <= 2, (moment, done, found)
+        went_on += 0 < (found or [0])[0] < 20
+        assert not list((tmp_path / f"out{moment}").glob("v*/.*"))  # nothing is left of the save that was killed
         assert_equal_runs(tmp_path / "whole" / "last", tmp_path / f"out{moment}" / "last")
+    assert went_on >= 5  # the moments were in the middle of training
 
 
 def test_nothing_of_a_run_is_outside_its_state():

@@ -292,6 +292,8 @@ def test_other_refusals():
         encode([user("a"), reply("b")], tokenizer_of(None), "sft")
     with pytest.raises(ValueError, match="is refused by the chat template: roles must alternate"):
         encode([reply("b"), user("a")], TOKENIZERS["mistral"], "sft")
+    with pytest.raises(ValueError, match="the simplest chat, a question and its reply, is refused by the chat template"):
+        encode([user("a"), reply("b")], tokenizer_of("{% for x in %}"), "sft")
     drops = LOOP + "{{ m['content'].split('</think>')[-1] }}" + END
     with pytest.raises(ValueError, match=r"message 2 \(assistant\).* drops its <think> block"):
         encode([user("a"), reply("<think>hm</think>b")], tokenizer_of(drops), "sft")
