@@ -130,7 +130,7 @@ def prepare_run_dir(config: RunConfig, output_dir: Path, resume: Path | None, ar
             else:
                 run_dir = checkpoint.new_run_dir(output_dir, config.add_version)
             checkpoint.write_text(run_dir / checkpoint.ARGS, json.dumps(arguments, indent=1, sort_keys=True))
-            if yaml_path:
+            if yaml_path and Path(yaml_path).resolve() != (run_dir / Path(yaml_path).name).resolve():
                 shutil.copyfile(yaml_path, run_dir / Path(yaml_path).name)
         except checkpoint.CheckpointError as error:
             problem = str(error)
@@ -212,6 +212,10 @@ def run(
     try:
         if resume is not None:
             restore(t, checkpoint.load(resume, params, optimizer))
+            saved = json.loads((resume / checkpoint.ARGS).read_text())
+            for key in ("isa", "compute_dtype"):  # what `auto` chose: equal arguments, but another machine
+                if saved.get(key) != facts[key]:
+                    t.reporter.say(f"careful: {key} was {saved.get(key)} and is {facts[key]}, so the numbers round differently")
         introduce(t)
         if not quiet:
             show_first_row(dataset, tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from swiftk.parallel.comm import run_threads
+from swiftk.train import main
 from swiftk.trainer import checkpoint
 from swiftk.trainer.loop import Training
 from tests.trainer import toy
@@ -125,6 +127,34 @@ def test_fewer_steps_than_are_done_is_a_finished_run(straight, tmp_path, capsys)
     toy.launch(mine)
     assert toy.launch({**mine, "max_steps": 3, "resume_from_checkpoint": "auto"})
     assert "the checkpoint is of step 5 of 3: nothing is left to train" in capsys.readouterr().out
+
+
+def test_the_copied_configuration_is_a_configuration_too(straight, tmp_path):
+    keys, _, _ = straight
+    config = tmp_path / "mine.yaml"
+    config.write_text("weight_decay: 0.01\n")
+    mine = toy.argv({**keys, "output_dir": str(tmp_path / "out"), "max_steps": 1})
+    threads = torch.get_num_threads()
+    assert main([str(config), *mine]) == 0
+    (copy,) = (tmp_path / "out").glob("v0-*/mine.yaml")
+    assert main([str(copy), *mine, "--resume_from_checkpoint", "auto"]) == 0
+    torch.set_num_threads(threads)
+    assert copy.read_text() == config.read_text()
+
+
+def test_another_instruction_set_is_said(straight, tmp_path, capsys):
+    """`auto` is an equal argument on two machines that choose differently."""
+    keys, _, _ = straight
+    mine = {**keys, "output_dir": str(tmp_path / "out"), "max_steps": 1}
+    toy.launch(mine)
+    (saved,) = (tmp_path / "out").glob("v0-*/checkpoint-1")
+    text = (saved / "args.json").read_text()
+    (saved / "args.json").write_text(text.replace('"float32",\n "data', '"float64",\n "data'))
+    listing = json.loads((saved / "manifest.json").read_text())
+    listing["files"]["args.json"]["sha256"] = checkpoint._sha256(saved / "args.json")
+    (saved / "manifest.json").write_text(json.dumps(listing))
+    assert toy.launch({**mine, "resume_from_checkpoint": "auto"})
+    assert "careful: compute_dtype was float64 and is float32" in capsys.readouterr().out
 
 
 # --- kill -9 -----------------------------------------------------------------------------------------------------
