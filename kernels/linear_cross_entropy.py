@@ -208,7 +208,7 @@ def _linear_cross_entropy_fwd_cpu(
     total = kept.put(token_loss * w, lse).sum()  # over all T, as in the recompute mode
     stats = (kept.put(t, lse) for t in (lse, running.label, entropy, running.argmax))
     dw = weight.new_empty(0) if dw is None else dw
-    return total, kept.put(token_loss, lse), kept.put(dx, hidden), dw, *stats
+    return total, kept.put(token_loss, lse), kept.put(dx if need_dx else None, hidden), dw, *stats
 
 
 @torch.library.register_fake("swiftk::linear_cross_entropy_fwd")

@@ -54,7 +54,7 @@ std::vector<Segment> given(const int32_t* rows, int64_t count, int64_t total_q, 
   std::sort(by_start.begin(), by_start.end());
   for (size_t i = 1; i < by_start.size(); ++i) {
     const Segment &x = segments[by_start[i - 1].second], &y = segments[by_start[i].second];
-    if (x.q_start + x.q_len > y.q_start)
+    if (int64_t(x.q_start) + x.q_len > y.q_start)
       throw std::invalid_argument("segment_attention: segments has queries in common at rows " + std::to_string(by_start[i - 1].second) +
                                   " and " + std::to_string(by_start[i].second) +
                                   ", wants them disjoint within a call; resume with a second call");

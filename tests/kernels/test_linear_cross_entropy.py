@@ -179,6 +179,10 @@ def test_opcheck_and_compile():
     x.requires_grad_(), w.requires_grad_()
     arguments = (x, w, y, torch.ones(5), IGNORE, 0.0, 0.0, 0.1, True, True, True, "auto")
     torch.library.opcheck(torch.ops.swiftk.linear_cross_entropy_fwd.default, arguments)
+    for need_dx, need_dw in itertools.product((False, True), repeat=2):
+        frozen = (x.detach(), w.detach(), *arguments[2:9], need_dx, need_dw, "auto")
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(torch.ops.swiftk.linear_cross_entropy_fwd.default, frozen, test_utils=checks)
     for mode in MODES:
         eager = functools.partial(linear_cross_entropy, mode=mode)
         compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")

@@ -220,6 +220,23 @@ def test_gradients_are_bitwise_repeatable(thread_count):
         assert (got - exactly).abs().max() <= 1e-5 * exactly.abs().max()
 
 
+def test_rounding_of_long_sums(isa):
+    """Sums over 512 elements of a head and over 30,000 queries, in fp32."""
+    tokens = 30_000
+    q, k, v = (torch.zeros(tokens, 1, 1) for _ in range(3))
+    v[:], sinks = 0.7, torch.zeros(1, requires_grad=True)
+    one_key = offsets([1] * tokens)
+    out = varlen_attention(q, k, v, one_key, sinks=sinks, isa=isa)  # p = f = 1/2: dsink = -sum (1 - f) dout f v
+    (dsinks,) = torch.autograd.grad(out, sinks, torch.full_like(out, 0.3))
+    assert abs(dsinks.item() / (-tokens * 0.25 * 0.7 * 0.3) - 1) <= 1e-6
+
+    q, k, v, dout = (torch.randn(300, 1, 512) for _ in range(4))
+    q.requires_grad_()
+    out = varlen_attention(q, k, v, one_key[:301], softmax_scale=1.0, isa=isa)
+    (dq,) = torch.autograd.grad(out, q, dout)  # (dout . v - D) k with D = dout . out and out = v: what is left is rounding
+    assert (dq / k).abs().max() <= 16 * torch.finfo(torch.float32).eps * 512**0.5
+
+
 def test_second_backward_and_double_backward():
     tensors, sinks, cu, options = make(CASES[1], torch.float32)
     leaves = [x.requires_grad_() for x in (*tensors, sinks)]

@@ -83,7 +83,7 @@ def test_one_token_at_a_time_gives_the_packed_logprobs(family, dtype, thread_cou
     sizes = dict(hidden_size=192, intermediate_size=520, head_dim=40, vocab_size=1031)  # none a multiple of a tile
     config = ModelConfig.from_hf(FAMILIES[family].to_dict() | sizes)
     model = Model(config, Mesh.single(), compute_dtype=dtype, trainable=lambda name: False)
-    ids, positions, cu_seqlens = pack(9, 1, 30, 5)
+    ids, positions, cu_seqlens = pack(68, 1, 3)  # 68: past one tile of 64 keys
     labels = torch.randint(0, 1031, ids.shape)
 
     def feed(steps):
