@@ -208,6 +208,7 @@ def test_compiles_as_one_graph():
 
 
 @pytest.mark.long
+@pytest.mark.skipif(" " in torch.__file__, reason="inductor does not quote torch's own include path, which has a space here")
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_compiles_with_inductor(recompute):
     compiled_equals_eager("inductor", recompute)
