@@ -27,6 +27,7 @@ RUNS = 3
 MIN_CALLS = 3  # per candidate and run
 MAX_CALLS = 200
 RUN_SECONDS = 1.0  # per run, over all candidates
+LONG_ROUND = 20.0  # seconds: a round over all candidates that takes longer is a run by itself
 SLOW_SECONDS, SLOW_RATIO = 2.0, 20  # a peer slower than both, ratio to ours, is timed once: its ratio needs no three runs
 
 
@@ -175,10 +176,12 @@ def measure(case: Case, limits: Limits, options: Options) -> Record:
         del candidates[name]
         medians[name] = [seconds * 1e3] * (1 if options.quick else RUNS)
     for _ in range(1 if options.quick else RUNS):
-        once = sum(_seconds(f, options.device) for f in candidates.values())
+        first = {name: _seconds(f, options.device) for name, f in candidates.items()}
+        once = sum(first.values())
+        long = once > LONG_ROUND
         calls = MIN_CALLS if options.quick else max(MIN_CALLS, min(MAX_CALLS, int(RUN_SECONDS / max(once, 1e-9))))
-        times: dict[str, list[float]] = {name: [] for name in candidates}
-        for call in range(calls):
+        times: dict[str, list[float]] = {name: [first[name]] if long else [] for name in candidates}
+        for call in range(0 if long else calls):
             order = list(candidates) if call % 2 == 0 else list(reversed(candidates))
             for name in order:
                 times[name].append(_seconds(candidates[name], options.device))
