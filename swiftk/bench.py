@@ -45,7 +45,7 @@ def save(name: str, options: Options, payload: dict[str, Any]) -> Path:
     return path
 
 
-def run_kernels(options: Options, only: list[str], keep: bool, plot: Path | None) -> int:
+def run_kernels(options: Options, only: list[str], dtypes: list[str], keep: bool, plot: Path | None) -> int:
     names = kernel_names()
     unknown = [n for n in only if n not in names]
     if unknown:
@@ -55,6 +55,8 @@ def run_kernels(options: Options, only: list[str], keep: bool, plot: Path | None
         module = importlib.import_module(f"swiftk.benchmarks.kernels.bench_{name}")
         records = []
         for case in module.cases(options):
+            if dtypes and str(case.dtype).removeprefix("torch.") not in dtypes:
+                continue
             try:
                 records.append(as_json(measure(case, limits, options)))
             except AssertionError as error:  # wrong values are never timed
@@ -62,9 +64,9 @@ def run_kernels(options: Options, only: list[str], keep: bool, plot: Path | None
                 print(f"{case.op} {case.name} {case.dtype}: WRONG VALUES, not timed: {error}", file=sys.stderr)
                 continue
             print(report.table(records[-1:]).splitlines()[1], flush=True)
+            if keep:  # after each case: a run that is cut off keeps what it has
+                save(f"kernels-{name}", options, {"limits": limits.known(), "records": records})
         everything += records
-        if keep:
-            save(f"kernels-{name}", options, {"limits": limits.known(), "records": records})
     print("\n" + report.table(everything))
     print("limits measured in this run: " + ", ".join(f"{k} {v / 1e9:.1f} G/s" for k, v in limits.known().items()))
     if plot:
@@ -79,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these peers (none: no peer); default: all installed")
     parser.add_argument("--isa", default="auto", choices=["auto", "avx512", "avx2", "portable"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtypes", nargs="+", default=[], choices=["float32", "bfloat16", "float64"], help="default: all")
     parser.add_argument("--threads", type=int, help="intra-op threads; default: torch's")
     parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/<machine>/")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart of the ratios (png, svg, pdf)")
@@ -105,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     options = Options(isa=args.isa, device=args.device, peers=peers, quick=args.quick)
     torch.manual_seed(0)
     if args.what == "kernels":
-        return run_kernels(options, args.only, args.save, args.plot)
+        return run_kernels(options, args.only, args.dtypes, args.save, args.plot)
     result = importlib.import_module("swiftk.benchmarks.bench_train").run(options, rest)
     if args.save:
         save("train", options, result)
