@@ -20,4 +20,5 @@ PYBIND11_MODULE(_swiftk_C, m) {
   bind_swiglu(m);
   bind_rope(m);
   bind_linear(m);
+  bind_nf4(m);
 }

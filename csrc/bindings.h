@@ -16,5 +16,6 @@ void bind_merge(py::module_& m);
 void bind_swiglu(py::module_& m);
 void bind_rope(py::module_& m);
 void bind_linear(py::module_& m);
+void bind_nf4(py::module_& m);
 
 }  // namespace swiftk
