@@ -8,6 +8,21 @@ def linear_fwd(
     dtype: int, acc_out: bool, x: int, ldx: int, w: int, ldw: int, bias: int, y: int, ldy: int, M: int, N: int, K: int,
     threads: int, isa: str,
 ) -> None: ...  # fmt: skip
+def dropout_fwd(
+    dtype: int, x: int, ldx: int, y: int, ldy: int, rows: int, cols: int, scale: float, threshold: int, seed_step: int,
+    layer: int, token_index: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def rank_gram(
+    dtype: int, p: int, ldp: int, rank: int, q: int, ldq: int, rows: int, cols: int, out: int, threshold: int, seed_step: int,
+    layer: int, token_index: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def rank_update(
+    dtype: int, p: int, ldp: int, rank: int, r: int, q: int, ldq: int, rows: int, cols: int, threshold: int, seed_step: int,
+    layer: int, token_index: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def column_dot(
+    dtype: int, p: int, ldp: int, q: int, ldq: int, rows: int, cols: int, out: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
 def merge_fwd(
     dtype: int, out_a: int, lse_a: int, out_b: int, lse_b: int, out: int, lse: int, tokens: int, heads: int, dim: int,
     threads: int, isa: str,
@@ -15,14 +30,6 @@ def merge_fwd(
 def merge_bwd(
     dtype: int, dout: int, dlse: int, out_a: int, lse_a: int, out_b: int, lse_b: int, dout_a: int, dlse_a: int,
     dout_b: int, dlse_b: int, tokens: int, heads: int, dim: int, threads: int, isa: str,
-) -> None: ...  # fmt: skip
-def nf4_quantize(
-    dtype: int, x: int, ldx: int, rows: int, cols: int, blocksize: int, codes: int, absmax_dtype: int, absmax: int,
-    threads: int, isa: str,
-) -> int: ...  # fmt: skip
-def nf4_dequantize(
-    codes: int, ld_codes: int, absmax_dtype: int, absmax: int, ld_absmax: int, rows: int, cols: int, blocksize: int,
-    dtype: int, out: int, ld_out: int, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
 def rms_norm_fwd(
     dtype: int, x: int, w: int, y: int, rstd: int, rows: int, cols: int, eps: float, threads: int, isa: str,

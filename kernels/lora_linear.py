@@ -1,0 +1,554 @@
+"""LoRA linear: y = g (x W^T + s drop(x) A^T B^T) + bias, W frozen, g = 1 (LoRA) or m / ||W + s B A|| per row of W (DoRA).
+
+Sources: Hu et al. 2021 (LoRA); Kalajdzievski 2023 (rsLoRA: s = alpha / sqrt(r)); Liu et al. 2024 (DoRA, the norm detached).
+
+Forward, with D the 0/1 mask of dropout (kernels/dropout.py) and s' = s / (1 - p):
+    S = round(s' (D x) A^T)                       by the row-invariant linear; saved, never computed again
+    y = round(g (x W^T + S B^T) + bias)           one GEMM: the r columns of S go on in the accumulators of K, g scales the sum
+so row t of y depends on row t of x, its token index and the weights alone, for any number of rows, threads or adapters.
+Several adapters (a, b with a leading dimension): S has r columns per adapter, rounded up to 32, zero except for the row's own.
+Per row ||W + s B A||^2 = ||W||^2 + 2 s B . (W A^T) + s^2 B (A A^T) . B; ||W||^2 once, by row_norm_sq; W A^T reads W again.
+
+Backward, dy' = g dy, all sums in at least fp32:
+    dS = s' dy' B      dA = dS^T (D x)      dB = dy'^T S      dx = dy' W + D (dS A)
+    dm = sum of dy (y - bias) / m over rows      dbias = sum of dy over rows
+FLOPs beside the 4 M N K of a frozen linear: 4 M r (N + K) forward and twice that backward. Bytes beside it: x is read once more
+forward; x and dy once (dm: y too), dx read and written once backward. Saved: x, S (M r), y for DoRA's dm.
+
+Unlike peft: dropout is drawn per adapted linear (peft too) and from (seed, step, layer, token, column) (peft: the global
+generator); DoRA with dropout keeps x in the base product, where peft drops x there too (a second dense GEMM): equal to peft
+at p = 0 and in evaluation. A row of W + s B A that is zero gives 0 and dm = 0 (peft: NaN).
+Not supported: a trainable W, DoRA with several adapters, the gradient of the gradient, a CUDA kernel (not there yet).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
+from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
+from swiftk.kernels.dropout import Dropout, check_dropout, dropout_out, dropout_ref
+from swiftk.kernels.linear import linear_out
+
+ALIGN = 32  # columns of one of several adapters: a multiple of every Dot<T>::step, so lanes do not depend on the others
+MASK_BYTES = 1 << 20  # rows of x that are masked at a time, so that the copy stays in the L2 cache
+
+
+class Adapter(NamedTuple):
+    """What is trained beside W (N, K). a and b in x's dtype, or in the accumulate dtype (fp32 masters under bf16 x)."""
+
+    a: torch.Tensor  # (r, K), or (adapters, r, K)
+    b: torch.Tensor  # (N, r), or (adapters, N, r)
+    scale: float | tuple[float, ...]  # s; one per adapter where there are several (a float: for all)
+    magnitude: torch.Tensor | None = None  # DoRA's m (N,); one adapter only
+    weight_norm_sq: torch.Tensor | None = None  # row_norm_sq(W) (N,); needed with magnitude
+
+
+def lora_scale(alpha: float, r: int, rslora: bool = False) -> float:
+    """s of LoRA, alpha / r, or of rsLoRA, alpha / sqrt(r)."""
+    return alpha / (math.sqrt(r) if rslora else r)
+
+
+def row_norm_sq(weight: torch.Tensor) -> torch.Tensor:
+    """||W_n||^2 in the accumulate dtype, (N,)."""
+    return torch.linalg.vector_norm(weight, dim=1, dtype=acc_dtype(weight.dtype)).square()
+
+
+# --- reference ---------------------------------------------------------------------------------------------------
+
+
+def lora_linear_ref(
+    x: torch.Tensor, weight: torch.Tensor, adapter: Adapter, bias: torch.Tensor | None = None, *,
+    dropout: Dropout | None = None, segment_ids: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The formula in at least fp32, rounded once; a and b are those of x's dtype. x (..., K) -> (..., N)."""
+    acc = acc_dtype(x.dtype)
+    xf, w = x.to(acc), weight.to(acc)
+    a, b = (t.to(x.dtype).to(acc) for t in (adapter.a, adapter.b))
+    a, b = (t if t.dim() == 3 else t[None] for t in (a, b))
+    scales = _scales(adapter, len(a))
+    dx = xf if dropout is None else dropout_ref(xf, dropout)
+    y = xf @ w.t()
+    for e in range(len(a)):
+        delta = scales[e] * (dx @ a[e].t()) @ b[e].t()
+        y = y + (delta if segment_ids is None else torch.where((segment_ids == e).view(*x.shape[:-1], 1), delta, 0))
+    if adapter.magnitude is not None:
+        norm = (w + scales[0] * b[0] @ a[0]).norm(dim=1).detach()
+        y = y * torch.where(norm > 0, adapter.magnitude.to(acc) / norm, 0)
+    return (y if bias is None else y + bias.to(acc)).to(x.dtype)
+
+
+# --- launchers ---------------------------------------------------------------------------------------------------
+
+
+class _Mask(NamedTuple):
+    """Dropout of one linear as the native calls take it; threshold 0 drops nothing."""
+
+    threshold: int
+    seed_step: torch.Tensor | None
+    layer: int
+    token_index: torch.Tensor | None
+
+    def args(self) -> tuple[int, int, int, int]:
+        if self.seed_step is None or self.token_index is None:
+            return 0, 0, 0, 0
+        return self.threshold, self.seed_step.data_ptr(), self.layer, self.token_index.data_ptr()
+
+
+def _rank_gram(p: torch.Tensor, q: torch.Tensor, mask: _Mask, out: torch.Tensor, isa: str) -> None:
+    """out (r, C) = p^T mask(q). p (M, r) and out in q's accumulate dtype, q (M, C)."""
+    native().rank_gram(
+        DTYPE_CODES[q.dtype], p.data_ptr(), p.stride(0), p.shape[1], q.data_ptr(), q.stride(0), *q.shape, out.data_ptr(),
+        *mask.args(), threads(q.numel()), isa,
+    )  # fmt: skip
+
+
+def _rank_update(p: torch.Tensor, r: torch.Tensor, q: torch.Tensor, mask: _Mask, isa: str) -> None:
+    """q (M, C) += mask(p r). p (M, r) and r (r, C) in q's accumulate dtype."""
+    native().rank_update(
+        DTYPE_CODES[q.dtype], p.data_ptr(), p.stride(0), p.shape[1], r.data_ptr(), q.data_ptr(), q.stride(0), *q.shape,
+        *mask.args(), threads(q.numel()), isa,
+    )  # fmt: skip
+
+
+def _column_dot(p: torch.Tensor, q: torch.Tensor, isa: str) -> torch.Tensor:
+    """Sum over rows of p q in the accumulate dtype. p, q (M, C) -> (C,)."""
+    out = p.new_empty(p.shape[1], dtype=acc_dtype(p.dtype))
+    native().column_dot(
+        DTYPE_CODES[p.dtype], p.data_ptr(), p.stride(0), q.data_ptr(), q.stride(0), *p.shape, out.data_ptr(),
+        threads(p.numel()), isa,
+    )  # fmt: skip
+    return out
+
+
+def _product(x, weight, bias, y, isa, tail=None, scale=None) -> None:
+    """y = scale (x W^T + s b^T) + bias with tail = (s, b)."""
+    out = x.new_empty(y.shape, dtype=acc_dtype(x.dtype))
+    linear_out(x, weight, None, out, isa)
+    if tail is not None:
+        delta = torch.empty_like(out)
+        linear_out(tail[0], tail[1], None, delta, isa)
+        out += delta
+    if scale is not None:
+        out *= scale
+    if bias is not None:
+        out += bias
+    y.copy_(out)
+
+
+# --- operator ----------------------------------------------------------------------------------------------------
+# One operator for one linear and for a group that reads the same x. A list has one entry per linear, or none where no linear of
+# the group has it; an empty tensor is a linear without (a bias, an absmax). Returns y per linear, S of all, then per linear
+# (y - bias) where DoRA's dm needs it beside y, then the row norms of DoRA.
+
+_ARGS = (
+    "Tensor x, Tensor[] weights, Tensor[] absmax, int[] blocksizes, Tensor[] biases, Tensor[] a, Tensor[] b, float[] scales, "
+    "Tensor[] magnitudes, Tensor[] norms_sq, int[] thresholds, SymInt[] layers, Tensor? seed_step, Tensor? token_index, "
+    "Tensor? segment_ids, str isa"
+)
+torch.library.define("swiftk::lora_linear_fwd", f"({_ARGS}) -> Tensor[]")
+torch.library.define(
+    "swiftk::lora_linear_bwd",
+    "(Tensor[] dy, Tensor? x, Tensor[] weights, Tensor[] absmax, int[] blocksizes, Tensor[] a, Tensor[] b, float[] scales, "
+    "Tensor[] magnitudes, Tensor[] norms, Tensor? s, Tensor[] unbiased, int[] thresholds, SymInt[] layers, Tensor? seed_step, "
+    "Tensor? token_index, Tensor? segment_ids, bool needs_dx, bool needs_adapters, str isa) -> Tensor[]",
+)
+
+
+def _rows(t: torch.Tensor) -> torch.Tensor:
+    """(..., C) as (M, C) with contiguous rows, copied only where it must be."""
+    t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])  # not -1, which is ambiguous where a size is 0
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def _columns(a: torch.Tensor) -> int:
+    """Columns of S that an adapter (r, K) or a stack (adapters, r, K) takes."""
+    return a.shape[0] if a.dim() == 2 else a.shape[0] * (-(-a.shape[1] // ALIGN) * ALIGN)
+
+
+def _flat(a: torch.Tensor, b: torch.Tensor, scales: Sequence[float], dtype: torch.dtype):
+    """a (R, K), b (N, R) and s (R,) over the columns of S: a stack padded with zeros to ALIGN columns per adapter."""
+    a, b = a.to(dtype), b.to(dtype)
+    if a.dim() == 2:
+        return a.contiguous(), b.contiguous(), torch.full((len(a),), scales[0], dtype=acc_dtype(dtype))
+    pad = -a.shape[1] % ALIGN
+    a, b = torch.nn.functional.pad(a, (0, 0, 0, pad)), torch.nn.functional.pad(b, (0, pad))
+    s = torch.tensor(scales, dtype=acc_dtype(dtype)).repeat_interleave(a.shape[1])
+    return a.flatten(0, 1).contiguous(), b.transpose(0, 1).flatten(1).contiguous(), s
+
+
+def _keep_own(s: torch.Tensor, segment_ids: torch.Tensor, adapters: int) -> None:
+    """Zero in the columns of other adapters than the row's own; s (M, R) of a stack, -1 keeps none."""
+    own = segment_ids[:, None] == torch.arange(adapters, dtype=segment_ids.dtype)
+    s.view(len(s), adapters, s.shape[1] // adapters).masked_fill_(~own[..., None], 0)
+
+
+def _check_values(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], segment_ids: torch.Tensor | None) -> None:
+    """Of several adapters: ids in range, values finite, since 0 times infinity of one would be NaN in rows of the others."""
+    if segment_ids is None:
+        return
+    for pair in zip(a, b, strict=True):
+        adapters = len(pair[0])
+        if len(segment_ids) and not (segment_ids.min() >= -1 and segment_ids.max() < adapters):
+            worst = int(segment_ids.max() if segment_ids.max() >= adapters else segment_ids.min())
+            raise ValueError(f"lora_linear: segment_ids has {worst}, wants -1 to {adapters - 1}")
+        for name, t in zip("ab", pair, strict=True):
+            if adapters > 1 and not (finite := t.detach().isfinite().flatten(1).all(1)).all():
+                bad = int(finite.logical_not().nonzero()[0])
+                raise ValueError(f"lora_linear: adapter {bad} of {adapters} has values in {name} that are not finite")
+
+
+def _row_norm(weight, a, b, s, norm_sq, isa):
+    """||W + s B A|| per row, (N,) in the accumulate dtype; a (r, K), b (N, r) in x's dtype, s (r,)."""
+    acc = acc_dtype(a.dtype)
+    wa, aa, baa = (a.new_empty(size, dtype=acc) for size in ((len(a), len(b)), (len(a), len(a)), b.shape))
+    bs = b.to(acc) * s
+    _product(a, weight, None, wa, isa)  # (r, N)
+    linear_out(a, a, None, aa, isa)
+    linear_out(bs, aa, None, baa, isa)  # A A^T is symmetric
+    return (norm_sq + (bs * (2 * wa.t() + baa)).sum(1)).clamp_(min=0).sqrt_()
+
+
+def _gain(magnitude, norm):
+    """g = m / norm, 0 where the norm is 0."""
+    return torch.where(norm > 0, magnitude.to(norm.dtype) / norm, 0)
+
+
+def _groups(a: Sequence[torch.Tensor], scales: Sequence[float]):
+    """Per linear: its range of columns of S and its scales."""
+    column = first = 0
+    for t in a:
+        adapters = 1 if t.dim() == 2 else t.shape[0]
+        yield slice(column, column + _columns(t)), scales[first : first + adapters]
+        column, first = column + _columns(t), first + adapters
+
+
+@torch.library.register_kernel("swiftk::lora_linear_fwd", "cpu")
+def _lora_linear_fwd_cpu(
+    x, weights, absmax, blocksizes, biases, a, b, scales, magnitudes, norms_sq, thresholds, layers, seed_step, token_index,
+    segment_ids, isa,
+):  # fmt: skip
+    _check_values(a, b, segment_ids)
+    acc, x2 = acc_dtype(x.dtype), _rows(x)
+    M, K = x2.shape
+    columns, per_linear = zip(*_groups(a, scales), strict=True)
+    flat = [_flat(*abs_, x.dtype) for abs_ in zip(a, b, per_linear, strict=True)]
+    masks = [_Mask(t, seed_step, layer, token_index) for t, layer in zip(thresholds, layers, strict=True)]
+    factors = [s * (65536 / (65536 - t)) for (_, _, s), t in zip(flat, thresholds, strict=True)]
+    s = x.new_empty(M, columns[-1].stop)
+    if not any(thresholds):
+        _product(x2, torch.cat([f[0] for f in flat]), None, s, isa, scale=torch.cat(factors))
+    else:
+        step = max(1, MASK_BYTES // max(1, K * x.element_size()))
+        scratch = x.new_empty(min(step, M), K)
+        for m in range(0, M, step):
+            rows = x2[m : m + step]
+            for mask, cols, (A, _, _), factor in zip(masks, columns, flat, factors, strict=True):
+                source = rows
+                if mask.threshold:
+                    source = scratch[: len(rows)]
+                    dropout_out(rows, mask.threshold, seed_step, mask.layer, token_index[m : m + step], source, isa=isa)
+                _product(source, A, None, s[m : m + step, cols], isa, scale=factor)
+    ys, unbiased, norms = [], [], []
+    for i, (weight, (A, B, scale)) in enumerate(zip(weights, flat, strict=True)):
+        if a[i].dim() == 3:
+            _keep_own(s[:, columns[i]], segment_ids, a[i].shape[0])
+        bias = biases[i].contiguous() if biases and len(biases[i]) else None
+        y, gain, weight = x.new_empty(M, len(B)), None, _rows(weight)
+        if magnitudes:
+            norms.append(_row_norm(weight, A, B, scale, norms_sq[i], isa))
+            gain = _gain(magnitudes[i], norms[-1])
+        tail = (s[:, columns[i]], B)
+        if gain is None or bias is None:
+            _product(x2, weight, bias, y, isa, tail, gain)
+            if magnitudes:
+                unbiased.append(x.new_empty(0))
+        else:  # dm needs y - bias without the rounding of y, which is coarse where the bias is large
+            sums = x.new_empty(y.shape, dtype=acc)
+            _product(x2, weight, None, sums, isa, tail, gain)
+            torch.add(sums, bias, out=y)
+            unbiased.append(sums.to(x.dtype))
+        ys.append(y.view(*x.shape[:-1], len(B)))
+    return [*ys, s, *unbiased, *norms]
+
+
+def _unflat(grad: torch.Tensor, like: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """The gradient (R, C) over the columns of S in the shape and dtype of a, or of b where transposed; a copy."""
+    if like.dim() == 3:
+        grad = grad.view(like.shape[0], -1, grad.shape[1])[:, : like.shape[2 if transposed else 1]]
+    grad = grad.transpose(-1, -2) if transposed else grad
+    return grad.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _dm(dy, unbiased, magnitude, norm, x, weight, s, b, isa):
+    """dm = sum over rows of dy (y - bias) / m, the second factor as x W^T + S B^T over the norm where m is 0."""
+    dm = torch.where(norm > 0, _column_dot(dy, unbiased, isa) / magnitude, 0)
+    zero = ((magnitude == 0) & (norm > 0)).nonzero()[:, 0]
+    if len(zero):
+        u = dy.new_empty(len(dy), len(zero))
+        _product(x, weight[zero], None, u, isa, tail=(s, b[zero]))
+        dm[zero] = _column_dot(dy[:, zero], u, isa) / norm[zero]
+    return dm.to(magnitude.dtype)
+
+
+def _dense_dx(dys, weights, gains, dtype):
+    """Sum over the linears of g dy W; in fp32 where torch's bf16 products are slow (the times are in linear.py, `_matmul`)."""
+    wide = torch.float32 if dtype == torch.bfloat16 and native().best_isa() != "avx512" else dtype
+    dx = None
+    for dy, weight, gain in zip(dys, weights, gains, strict=True):
+        d = dy.to(wide) if gain is None else torch.mul(dy, gain, out=dy.new_empty(dy.shape, dtype=wide))
+        w = _rows(weight).to(wide)
+        dx = d @ w if dx is None else dx.addmm_(d, w)
+    return dx
+
+
+@torch.library.register_kernel("swiftk::lora_linear_bwd", "cpu")
+def _lora_linear_bwd_cpu(
+    dy, x, weights, absmax, blocksizes, a, b, scales, magnitudes, norms, s, unbiased, thresholds, layers, seed_step,
+    token_index, segment_ids, needs_dx, needs_adapters, isa,
+):  # fmt: skip
+    dtype, acc = dy[0].dtype, acc_dtype(dy[0].dtype)
+    dys = [_rows(d) for d in dy]
+    M, K = len(dys[0]), a[0].shape[-1]
+    columns, per_linear = zip(*_groups(a, scales), strict=True)
+    flat = [_flat(*abs_, dtype) for abs_ in zip(a, b, per_linear, strict=True)]
+    masks = [_Mask(t, seed_step, layer, token_index) for t, layer in zip(thresholds, layers, strict=True)]
+    gains = [_gain(m, n) for m, n in zip(magnitudes, norms, strict=True)] or [None] * len(a)
+    ds = dys[0].new_empty(M, columns[-1].stop, dtype=acc)
+    da, db, dm = [], [], []
+    for i, ((_, B, scale), mask, gain) in enumerate(zip(flat, masks, gains, strict=True)):
+        bt = (B if gain is None else B * gain[:, None]).t().to(dtype).contiguous()  # (R, N)
+        _product(dys[i], bt, None, ds[:, columns[i]], isa, scale=scale * (65536 / (65536 - mask.threshold)))
+        if a[i].dim() == 3:
+            _keep_own(ds[:, columns[i]], segment_ids, a[i].shape[0])
+        if needs_adapters:
+            grad = dys[i].new_empty(bt.shape, dtype=acc)  # dB^T
+            _rank_gram(s[:, columns[i]].to(acc), dys[i], _Mask(0, None, 0, None), grad, isa)
+            db.append(_unflat(grad if gain is None else grad * gain, b[i], True))
+            if gain is not None:
+                dm.append(
+                    _dm(dys[i], _rows(unbiased[i]), magnitudes[i], norms[i], _rows(x), weights[i], s[:, columns[i]], B, isa)
+                )
+    if needs_adapters:
+        x2 = _rows(x)
+        if any(thresholds):
+            for i, mask in enumerate(masks):
+                grad = ds.new_empty(columns[i].stop - columns[i].start, K)
+                _rank_gram(ds[:, columns[i]], x2, mask, grad, isa)
+                da.append(_unflat(grad, a[i], False))
+        else:
+            grad = ds.new_empty(ds.shape[1], K)
+            _rank_gram(ds, x2, _Mask(0, None, 0, None), grad, isa)
+            da = [_unflat(grad[cols], t, False) for cols, t in zip(columns, a, strict=True)]
+    dx = None
+    if needs_dx:
+        dx = _dense_dx(dys, weights, gains, dtype)
+        if any(thresholds):
+            for (A, _, _), cols, mask in zip(flat, columns, masks, strict=True):
+                _rank_update(ds[:, cols], A.to(acc), dx, mask, isa)
+        else:
+            _rank_update(ds, torch.cat([f[0] for f in flat]).to(acc), dx, _Mask(0, None, 0, None), isa)
+        dx = dx.to(dtype)
+    return [dys[0].new_empty(0) if dx is None else dx, *da, *db, *dm]
+
+
+@torch.library.register_kernel("swiftk::lora_linear_fwd", "cuda")
+def _lora_linear_fwd_cuda(*args):
+    no_cuda_kernel("lora_linear")
+
+
+@torch.library.register_kernel("swiftk::lora_linear_bwd", "cuda")
+def _lora_linear_bwd_cuda(*args):
+    no_cuda_kernel("lora_linear")
+
+
+@torch.library.register_fake("swiftk::lora_linear_fwd")
+def _lora_linear_fwd_fake(
+    x, weights, absmax, blocksizes, biases, a, b, scales, magnitudes, norms_sq, thresholds, layers, seed_step, token_index,
+    segment_ids, isa,
+):  # fmt: skip
+    M, acc = math.prod(x.shape[:-1]), acc_dtype(x.dtype)
+    ys = [x.new_empty(*x.shape[:-1], t.shape[-2]) for t in b]
+    wide = [len(biases) > 0 and biases[i].shape[0] > 0 for i in range(len(magnitudes))]
+    unbiased = [x.new_empty(M, b[i].shape[-2]) if wide[i] else x.new_empty(0) for i in range(len(magnitudes))]
+    norms = [x.new_empty(t.shape, dtype=acc) for t in magnitudes]
+    return [*ys, x.new_empty(M, sum(_columns(t) for t in a)), *unbiased, *norms]
+
+
+@torch.library.register_fake("swiftk::lora_linear_bwd")
+def _lora_linear_bwd_fake(
+    dy, x, weights, absmax, blocksizes, a, b, scales, magnitudes, norms, s, unbiased, thresholds, layers, seed_step,
+    token_index, segment_ids, needs_dx, needs_adapters, isa,
+):  # fmt: skip
+    dx = dy[0].new_empty(math.prod(dy[0].shape[:-1]), a[0].shape[-1]) if needs_dx else dy[0].new_empty(0)
+    return [dx, *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*a, *b, *magnitudes) if needs_adapters)]
+
+
+# --- autograd ----------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output):
+    (x, weights, absmax, ctx.blocksizes, biases, a, b, ctx.scales, magnitudes, norms_sq, ctx.thresholds, ctx.layers, seed_step,
+     token_index, segment_ids, ctx.isa) = inputs  # fmt: skip
+    n, dora = len(weights), len(magnitudes)
+    ctx.needs_adapters = any(t.requires_grad for t in (*a, *b, *magnitudes))
+    ctx.mark_non_differentiable(*output[n:])
+    ctx.set_materialize_grads(False)
+    # what no gradient needs is not kept; DoRA keeps y itself where there is no bias
+    kept = [output[n + 1 + i] if output[n + 1 + i].numel() else output[i] for i in range(dora)] if ctx.needs_adapters else []
+    ctx.lengths = len(absmax), len(biases), dora, len(norms_sq), len(kept)
+    ctx.save_for_backward(
+        x if ctx.needs_adapters else None, output[n] if ctx.needs_adapters else None, seed_step, token_index, segment_ids,
+        *weights, *a, *b, *absmax, *magnitudes, *output[len(output) - dora :], *kept,
+    )  # fmt: skip
+
+
+def _backward(ctx, grads):
+    x, s, seed_step, token_index, segment_ids, *rest = ctx.saved_tensors
+    absmax_n, biases_n, dora, norms_sq_n, kept_n = ctx.lengths
+    n, rest = len(ctx.layers), iter(rest)
+    weights, a, b, absmax, magnitudes, norms, kept = (
+        [next(rest) for _ in range(size)] for size in (n, n, n, absmax_n, dora, dora, kept_n)
+    )
+    given = next((dy for dy in grads[:n] if dy is not None), None)
+    if given is None:
+        sizes = (None, n, absmax_n, None, biases_n, n, n, None, dora, norms_sq_n, *[None] * 6)
+        return tuple(None if size is None else [None] * size for size in sizes)
+    shape = given.shape[:-1]
+    dys = [given.new_zeros(*shape, t.shape[-2]) if dy is None else dy for dy, t in zip(grads, b, strict=False)]
+    needs_dx, needs_bias, acc = ctx.needs_input_grad[0], ctx.needs_input_grad[4], acc_dtype(dys[0].dtype)
+    dx, *rest = torch.ops.swiftk.lora_linear_bwd(
+        dys, x, weights, absmax, ctx.blocksizes, a, b, ctx.scales, magnitudes, norms, s, kept, ctx.thresholds, ctx.layers,
+        seed_step, token_index, segment_ids, needs_dx, ctx.needs_adapters, ctx.isa,
+    )  # fmt: skip
+    da, db, dm = (rest[:n], rest[n : 2 * n], rest[2 * n :]) if ctx.needs_adapters else ([None] * n, [None] * n, [None] * dora)
+    dbias = [_rows(dys[i]).sum(0, dtype=acc).to(dys[i].dtype) if need else None for i, need in enumerate(needs_bias)]
+    return (
+        dx.view(*shape, a[0].shape[-1]) if needs_dx else None, [None] * n, [None] * absmax_n, None, dbias, da, db, None, dm,
+        [None] * norms_sq_n, None, None, None, None, None, None,
+    )  # fmt: skip
+
+
+torch.library.register_autograd("swiftk::lora_linear_fwd", _backward, setup_context=_setup_context)
+refuse_double_backward("lora_linear", "swiftk::lora_linear_bwd")
+
+
+# --- public ------------------------------------------------------------------------------------------------------
+
+
+def _scales(adapter: Adapter, adapters: int) -> list[float]:
+    return [float(s) for s in adapter.scale] if isinstance(adapter.scale, tuple) else [float(adapter.scale)] * adapters
+
+
+def _check(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
+    check_floating(op, x=x, weight=weight, **({} if bias is None else {"bias": bias}))
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, wants (N, K)")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{op}: weight requires a gradient, but the base is frozen here; call weight.requires_grad_(False), "
+            "or train it whole with swiftk.kernels.linear.linear"
+        )
+    N, K = weight.shape
+    check_shape(op, "weight", weight, (N, x.shape[-1]), f"x {tuple(x.shape)}")
+    if bias is not None:
+        check_shape(op, "bias", bias, (N,), f"weight {tuple(weight.shape)}")
+    a, b, _, magnitude, norm_sq = adapter
+    acc = acc_dtype(x.dtype)
+    for name, t in (("a", a), ("b", b), ("magnitude", magnitude)):
+        if t is not None and (t.dtype not in (x.dtype, acc) or t.device != x.device):
+            raise ValueError(f"{op}: adapter.{name} has {t.dtype} on {t.device}, wants {x.dtype} or {acc} on {x.device}")
+    if a.dim() not in (2, 3):
+        raise ValueError(f"{op}: adapter.a has shape {tuple(a.shape)}, wants (r, K) or (adapters, r, K)")
+    check_shape(op, "adapter.a", a, (*a.shape[:-1], K), f"weight {tuple(weight.shape)}")
+    check_shape(op, "adapter.b", b, (*a.shape[:-2], N, a.shape[-2]), f"adapter.a {tuple(a.shape)}")
+    adapters = 1 if a.dim() == 2 else a.shape[0]
+    if len(_scales(adapter, adapters)) != adapters:
+        raise ValueError(f"{op}: adapter.scale has {len(_scales(adapter, adapters))} entries, wants {adapters} like adapter.a")
+    if (segment_ids is None) != (a.dim() == 2):
+        want = "(adapters, r, K) with segment_ids" if a.dim() == 2 else "segment_ids (T,), the adapter of each row"
+        raise ValueError(f"{op}: adapter.a has shape {tuple(a.shape)}, wants {want}")
+    if segment_ids is not None:
+        if segment_ids.dtype not in (torch.int32, torch.int64) or segment_ids.device != x.device:
+            have = f"{segment_ids.dtype} on {segment_ids.device}"
+            raise ValueError(f"{op}: segment_ids has {have}, wants torch.int32 or torch.int64 on {x.device}")
+        check_shape(op, "segment_ids", segment_ids, (math.prod(x.shape[:-1]),), f"x {tuple(x.shape)}")
+    if magnitude is not None:
+        if a.dim() == 3:
+            raise ValueError(f"{op}: adapter.magnitude with several adapters is not supported; call once per adapter")
+        check_shape(op, "adapter.magnitude", magnitude, (N,), f"weight {tuple(weight.shape)}")
+        if norm_sq is None or norm_sq.dtype != acc:
+            have = "None" if norm_sq is None else norm_sq.dtype
+            raise ValueError(f"{op}: adapter.weight_norm_sq has {have}, wants {acc}: row_norm_sq(weight), once per base weight")
+        check_shape(op, "adapter.weight_norm_sq", norm_sq, (N,), f"weight {tuple(weight.shape)}")
+    if dropout is not None:
+        check_dropout(op, dropout, x)
+
+
+def _apply(op, x, weights, adapters, biases, dropouts, segment_ids, isa) -> list[torch.Tensor]:
+    if not isinstance(x, torch.Tensor) or x.dim() == 0:
+        raise ValueError(f"{op}: x has {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}, wants (..., K)")
+    for args in zip(weights, adapters, biases, dropouts, strict=True):
+        _check(op, x, *args, segment_ids)
+    check_isa(op, isa)
+    drawn = [d for d in dropouts if d is not None]
+    if any(d.seed_step is not drawn[0].seed_step or d.token_index is not drawn[0].token_index for d in drawn):
+        raise ValueError(f"{op}: dropouts of one group have several seed_step or token_index, wants the same tensors")
+    dora = [a.magnitude for a in adapters if a.magnitude is not None]
+    norms = [a.weight_norm_sq for a in adapters if a.magnitude is not None and a.weight_norm_sq is not None]
+    if len(dora) not in (0, len(adapters)):
+        raise ValueError(f"{op}: {len(dora)} of {len(adapters)} adapters have a magnitude, wants all or none")
+    given = [x.new_empty(0) if t is None else t for t in biases] if any(t is not None for t in biases) else []
+    scales = [s for t in adapters for s in _scales(t, 1 if t.a.dim() == 2 else t.a.shape[0])]
+    return torch.ops.swiftk.lora_linear_fwd(
+        x, list(weights), [], [0] * len(weights), given, [t.a for t in adapters], [t.b for t in adapters], scales, dora, norms,
+        [0 if d is None else d.threshold for d in dropouts], [0 if d is None else d.layer for d in dropouts],
+        drawn[0].seed_step if drawn else None, drawn[0].token_index if drawn else None, segment_ids, isa,
+    )  # fmt: skip
+
+
+def lora_linear(
+    x: torch.Tensor, weight: torch.Tensor, adapter: Adapter, bias: torch.Tensor | None = None, *,
+    dropout: Dropout | None = None, segment_ids: torch.Tensor | None = None, isa: str = "auto",
+) -> torch.Tensor:  # fmt: skip
+    """y = g (x W^T + s drop(x) A^T B^T) + bias, differentiable in x, a, b, magnitude and bias; a row depends on itself alone.
+
+    Args:
+        x: (..., K), bf16, fp32 or fp64, any strides; zero rows are allowed.
+        weight: (N, K), dtype and device of x; frozen.
+        adapter: a, b, scale; for DoRA also magnitude and weight_norm_sq.
+        bias: (N,), dtype and device of x, or None.
+        dropout: of A's input in training; None in evaluation.
+        segment_ids: int32 or int64 (T,), with a stack of adapters: the adapter of each row of x, -1 for none.
+        isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
+    Returns: (..., N) in x's dtype, contiguous; accumulated in fp32 (fp64 for fp64), rounded once. Gradients of a, b and
+        magnitude come in their own dtype.
+    Raises: ValueError for a wrong shape, dtype, device, range or isa, and for a weight that requires a gradient;
+        NotImplementedError on CUDA (no kernel yet) and for the gradient of the gradient.
+    """
+    return _apply("lora_linear", x, [weight], [adapter], [bias], [dropout], segment_ids, isa)[0]
+
+
+def lora_linear_group(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], adapters: Sequence[Adapter],
+    biases: Sequence[torch.Tensor | None] | None = None, *, dropouts: Sequence[Dropout | None] | None = None,
+    segment_ids: torch.Tensor | None = None, isa: str = "auto",
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """lora_linear of several weights on one x (q, k, v; gate, up): equal results, and dx is summed before it is rounded.
+
+    x is read once for all A, and once more in the backward; with dropout each linear draws its own mask.
+
+    Args: as of lora_linear, one weight, adapter, bias (or None) and dropout (or None) per linear; biases and dropouts may be
+        left out. Dropouts share the tensors seed_step and token_index; all adapters have a magnitude or none.
+    Returns: one (..., N_i) per weight.
+    Raises: as lora_linear; ValueError where the lengths differ.
+    """
+    biases, dropouts = biases or [None] * len(weights), dropouts or [None] * len(weights)
+    sizes = {"weights": len(weights), "adapters": len(adapters), "biases": len(biases), "dropouts": len(dropouts)}
+    if len(set(sizes.values())) > 1 or not weights:
+        raise ValueError(f"lora_linear_group: has {sizes}, wants equal lengths of at least 1")
+    return tuple(_apply("lora_linear_group", x, weights, adapters, biases, dropouts, segment_ids, isa)[: len(weights)])
