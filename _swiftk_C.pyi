@@ -31,6 +31,14 @@ def merge_bwd(
     dtype: int, dout: int, dlse: int, out_a: int, lse_a: int, out_b: int, lse_b: int, dout_a: int, dlse_a: int,
     dout_b: int, dlse_b: int, tokens: int, heads: int, dim: int, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
+def nf4_quantize(
+    dtype: int, x: int, ldx: int, rows: int, cols: int, blocksize: int, codes: int, absmax_dtype: int, absmax: int,
+    threads: int, isa: str,
+) -> int: ...  # fmt: skip
+def nf4_dequantize(
+    codes: int, ld_codes: int, absmax_dtype: int, absmax: int, ld_absmax: int, rows: int, cols: int, blocksize: int,
+    dtype: int, out: int, ld_out: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
 def rms_norm_fwd(
     dtype: int, x: int, w: int, y: int, rstd: int, rows: int, cols: int, eps: float, threads: int, isa: str,
 ) -> None: ...  # fmt: skip

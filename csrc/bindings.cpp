@@ -20,6 +20,7 @@ PYBIND11_MODULE(_swiftk_C, m) {
   bind_swiglu(m);
   bind_rope(m);
   bind_linear(m);
+  bind_nf4(m);
   bind_dropout(m);
   bind_lora_linear(m);
 }

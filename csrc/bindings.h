@@ -16,6 +16,7 @@ void bind_merge(py::module_& m);
 void bind_swiglu(py::module_& m);
 void bind_rope(py::module_& m);
 void bind_linear(py::module_& m);
+void bind_nf4(py::module_& m);
 void bind_dropout(py::module_& m);
 void bind_lora_linear(py::module_& m);
 

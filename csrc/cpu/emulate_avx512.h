@@ -3,7 +3,7 @@
 // the portable bodies of such a build are not portable. "auto" never picks it (isa.h).
 //
 // Differs from the hardware in vdpbf16ps: subnormals are kept, each product is rounded before it is added, and the even one
-// is added first. SIMDe 0.7.4 lacks masked loads and stores, extractf32x8, cvtepu16_epi32 and cvtepi32_epi16; its scalef
+// is added first. SIMDe 0.7.4 lacks masked loads and stores, extractf32x8, stream_si512, cvtepu8_epi32, cvtepu16_epi32, cvtepi32_epi16 and cvtepi64_epi8; its scalef
 // goes through exp2, which is not exact: all of these are here.
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
@@ -42,6 +42,20 @@ inline simde__m256i narrow(simde__m512i v) {
   for (int i = 0; i < 16; ++i) u[i] = uint16_t(w[i]);
   return load_mask<simde__m256i, uint16_t>(0xffff, u);
 }
+inline simde__m512i widen_bytes(simde__m128i v) {
+  uint8_t u[16];
+  uint32_t w[16];
+  std::memcpy(u, &v, 16);
+  std::copy(u, u + 16, w);
+  return simde_mm512_loadu_si512(w);
+}
+inline simde__m128i low_bytes(simde__m512i v) {
+  uint64_t q[8];
+  uint8_t u[16] = {};
+  std::memcpy(q, &v, 64);
+  for (int i = 0; i < 8; ++i) u[i] = uint8_t(q[i]);
+  return load_mask<simde__m128i, uint8_t>(0xffff, u);
+}
 inline simde__m256 half(simde__m512 v, int i) {
   simde__m256 h;
   std::memcpy(&h, reinterpret_cast<const char*>(&v) + 32 * i, 32);
@@ -56,6 +70,10 @@ inline simde__m256 half(simde__m512 v, int i) {
 #define _mm512_extractf32x8_ps(v, i) (emulated::half((v), (i)))
 #define _mm512_cvtepu16_epi32(v) (emulated::widen(v))
 #define _mm512_cvtepi32_epi16(v) (emulated::narrow(v))
+#define _mm512_cvtepu8_epi32(v) (emulated::widen_bytes(v))
+#define _mm512_cvtepi64_epi8(v) (emulated::low_bytes(v))
+#define _mm512_stream_si512(p, v) (emulated::store_mask<uint64_t>((p), 0xff, (v)))
+#define _mm512_mask_storeu_epi16(p, k, v) (emulated::store_mask<uint16_t>((p), (k), (v)))
 #define _mm512_maskz_loadu_ps(k, p) (emulated::load_mask<simde__m512, float>((k), (p)))
 #define _mm512_maskz_loadu_pd(k, p) (emulated::load_mask<simde__m512d, double>((k), (p)))
 #define _mm512_maskz_loadu_epi16(k, p) (emulated::load_mask<simde__m512i, uint16_t>((k), (p)))

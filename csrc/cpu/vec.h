@@ -367,6 +367,8 @@ template <> struct Vec<bf16> {  // operand of vdpbf16ps, no arithmetic of its ow
   static Vec load(const bf16* p) { return {_mm512_loadu_si512(p)}; }
   static Vec load_n(const bf16* p, int n) { return {_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p)}; }
   void store(bf16* p) const { _mm512_storeu_si512(p, v); }
+  void store_n(bf16* p, int n) const { _mm512_mask_storeu_epi16(p, __mmask32((uint64_t(1) << n) - 1), v); }
+  void stream(bf16* p) const { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), v); }
 };
 inline Vec<float> dot(Vec<bf16> a, Vec<bf16> b, Vec<float> c) {
   return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)};
@@ -399,6 +401,18 @@ template <> struct Dot<bf16> {  // lane l takes elements 2l, then 2l + 1 of each
 #endif
 
 #if SWIFTK_ISA == 1
+template <> struct Vec<bf16> {  // 16 elements in order, to be stored or split; no arithmetic of its own
+  static constexpr int width = 16;
+  __m256i v;
+  void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  void store_n(bf16* p, int n) const {
+    alignas(32) uint16_t tail[width];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(tail), v);
+    std::memcpy(p, tail, size_t(n) * 2);
+  }
+  void stream(bf16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), v); }
+};
+
 inline void transpose(Vec<float>* r) {  // 2 x 2 blocks, then 4 x 4, then the halves
   __m256 t[8], u[8];
   for (int i = 0; i < 4; ++i) {
