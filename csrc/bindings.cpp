@@ -2,6 +2,16 @@
 
 #include "cpu/isa.h"
 
+// bind_<op> is in csrc/cpu/<op>.cpp; limits is what the benchmarks measure the machine with
+#define SWIFTK_OPS(F) \
+  F(rms_norm) F(vocab_stats) F(varlen) F(merge) F(swiglu) F(rope) F(linear) F(nf4) F(dropout) F(lora_linear) \
+  F(limits)
+
+namespace swiftk {
+#define SWIFTK_DECLARE(op) void bind_##op(py::module_&);
+SWIFTK_OPS(SWIFTK_DECLARE)
+}  // namespace swiftk
+
 PYBIND11_MODULE(_swiftk_C, m) {
   using namespace swiftk;
   m.attr("__version__") = SWIFTK_VERSION;
@@ -13,14 +23,6 @@ PYBIND11_MODULE(_swiftk_C, m) {
     }
   });
   m.def("resolve_isa", [](const std::string& name) { (void)resolve_isa(name); });
-  bind_rms_norm(m);
-  bind_vocab_stats(m);
-  bind_varlen(m);
-  bind_merge(m);
-  bind_swiglu(m);
-  bind_rope(m);
-  bind_linear(m);
-  bind_nf4(m);
-  bind_dropout(m);
-  bind_lora_linear(m);
+#define SWIFTK_BIND(op) bind_##op(m);
+  SWIFTK_OPS(SWIFTK_BIND)
 }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from swiftk.benchmarks import gpu, report
-from swiftk.benchmarks.harness import Limits, Options, as_json, environment, machine_name, measure
+from swiftk.benchmarks.harness import Limits, Options, as_json, environment, keep_freed_memory, machine_name, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.what == "readme":
         report.write_readme(ROOT / "README.md", RESULTS)
+        (ROOT / "docs" / "benchmarks.md").write_text(report.page(RESULTS))
         return 0
     if args.what == "gpu":
         on_gpu = Options(isa=args.isa, device="cuda")
@@ -108,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     options = Options(isa=args.isa, device=args.device, peers=peers, quick=args.quick)
     torch.manual_seed(0)
     if args.what == "kernels":
+        keep_freed_memory()
         return run_kernels(options, args.only, args.dtypes, args.save, args.plot)
     result = importlib.import_module("swiftk.benchmarks.bench_train").run(options, rest)
     if args.save:

@@ -73,4 +73,6 @@ def test_peak_extra_memory_sees_a_temporary():
 
 def test_readme_tables_are_the_generated_ones():
     readme = (bench.ROOT / "README.md").read_text()
+    page = (bench.ROOT / "docs" / "benchmarks.md").read_text()
     assert report.readme_block(bench.RESULTS) in readme, "run `python -m swiftk.bench readme`"
+    assert page == report.page(bench.RESULTS), "run `python -m swiftk.bench readme`"
