@@ -160,6 +160,14 @@ def test_every_code_of_many_absmax(isa):
                 assert bits(nf4_dequantize(w, dtype, isa=isa)) == bits(nf4_dequantize_ref(w, dtype))
 
 
+def test_every_bf16_absmax(isa):
+    """All 32,640 finite ones, which a kernel may look up, with every code; and -1, which no quantiser makes."""
+    absmax = torch.cat([torch.arange(0x7F80), torch.tensor([0xBF80])]).to(torch.uint16).view(torch.bfloat16)[:, None]
+    codes = torch.tensor([0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 4, dtype=torch.uint8).expand(len(absmax), 32)
+    w = NF4Tensor(codes, absmax, 64)
+    assert bits(nf4_dequantize(w, isa=isa)) == bits(nf4_dequantize_ref(w))
+
+
 def test_bf16_absmax_is_exact():
     x = torch.randn(40, 200).bfloat16()
     narrow, wide = nf4_quantize(x), nf4_quantize(x, absmax_dtype=torch.float32)
