@@ -5,6 +5,10 @@ __version__: str
 def best_isa() -> str: ...
 def resolve_isa(name: str) -> None: ...
 def read_memory(data: int, bytes: int, threads: int) -> int: ...
+def adamw_8bit(
+    tensors: int, rates: int, count: int, map1: int, edges1: int, first1: int, negative1: int, map2: int, edges2: int,
+    first2: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
 def linear_fwd(
     dtype: int, acc_out: bool, x: int, ldx: int, w: int, ldw: int, bias: int, y: int, ldy: int, M: int, N: int, K: int,
     threads: int, isa: str,

@@ -38,6 +38,10 @@ ALIASES = {
     "zero_optimization": "zero_stage", "save": "output_dir", "save_interval": "save_steps", "log_interval": "logging_steps",
 }  # fmt: skip
 
+VALUE_ALIASES = {
+    "optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit", "galore_adamw": "galore"},
+}
+
 # key -> (values that change nothing, what is missing)
 OFF = (None, "none", "None", False, "false", 0, "0")
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -53,6 +57,7 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # key -> (accep
     "tuner_type": (("full",), ("lora", "qlora", "dora", "adalora")),
     "truncation_strategy": (("delete", "left", "right", "split"), ()),
     "lr_scheduler_type": (("cosine", "linear", "constant"), ()),
+    "optim": (("adamw", "adamw_8bit", "galore", "q_galore"), ("adafactor", "sgd", "lion", "muon", "paged_adamw_8bit")),
     "recompute_granularity": (("none", "selective", "full"), ()),
     "torch_dtype": (("bfloat16", "float32", "float64"), ("float16",)),
     "isa": (("auto", "avx512", "avx2", "portable"), ()),
@@ -64,7 +69,8 @@ ONE_SO_FAR = {
 }  # fmt: skip
 WHAT = ("model", "model_config", "tokenizer", "dataset", "val_dataset")  # without any of these: the preset
 POSITIVE = ("micro_batch_size", "global_batch_size", "logging_steps", "max_length", "packing_length", "num_train_epochs",
-            "lr_decay_steps", "save_total_limit", "ddp_timeout", "heartbeat_timeout", "peak_tflops")  # fmt: skip
+            "lr_decay_steps", "save_total_limit", "ddp_timeout", "heartbeat_timeout", "peak_tflops", "galore_rank",
+            "galore_update_proj_gap", "galore_scale")  # fmt: skip
 NOT_NEGATIVE = ("learning_rate", "min_lr", "warmup_ratio", "weight_decay", "adam_eps", "max_grad_norm", "save_steps",
                 "eval_steps", "split_dataset_ratio", "preview")  # fmt: skip
 
@@ -138,6 +144,8 @@ def help_text() -> str:
         default = " ".join(key.default) if isinstance(key.default, tuple) else json.dumps(key.default)
         lines.append(f"  --{key.name:<34} {default if default else '[]':<14} {key.help}".rstrip())
     lines += ["", "Other spellings: " + ", ".join(f"{old} = {new}" for old, new in ALIASES.items())]
+    for name, values in VALUE_ALIASES.items():
+        lines += [f"Other values of {name}: " + ", ".join(f"{old} = {new}" for old, new in values.items())]
     return "\n".join(lines)
 
 
@@ -346,6 +354,11 @@ def check(values: dict[str, Any]) -> None:
     for name in ("adam_beta1", "adam_beta2", "split_dataset_ratio"):
         if name in values and not 0 <= values[name] < 1:
             raise ArgumentError(f"{name}: has {values[name]}, wants 0 <= x < 1")
+    if values.get("optim") in ("galore", "q_galore") and values.get("tuner_type", RunConfig.tuner_type) != "full":
+        raise ArgumentError(
+            f"optim: has {values['optim']}, wants --tuner_type full: it projects the gradients of whole matrices, and an "
+            "adapter's are of a low rank already; wants adamw or adamw_8bit otherwise"
+        )
     if values.get("warmup_ratio", 0) > 1:
         raise ArgumentError(f"warmup_ratio: has {values['warmup_ratio']}, wants at most 1")
     if values.get("padding_free") is False:
@@ -391,6 +404,10 @@ def parse(argv: list[str], *, world_size: int = 1, preset: str) -> Arguments:
         if steps < 1:
             raise ArgumentError(f"gradient_accumulation_steps: has {steps}, wants at least 1")
         values["global_batch_size"] = steps * values.get("micro_batch_size", RunConfig.micro_batch_size) * world_size
+    for name, others in VALUE_ALIASES.items():
+        if values.get(name) in others:
+            warnings.append(f"{name} {values[name]} is read as {others[values[name]]}")
+            values[name] = others[values[name]]
     check(values)
 
     def part(config: type[Part]) -> Part:

@@ -29,8 +29,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """Read by trainer/optimizer.py."""
+    """Read by trainer/optimizer.py and galore.py."""
 
+    optim: str = "adamw"  # adamw | adamw_8bit (8-bit moments) | galore | q_galore (matrices' gradients projected to a low rank)
     learning_rate: float | None = None  # None: 1e-5 (full)
     min_lr: float = 0.0
     warmup_ratio: float = 0.05
@@ -41,6 +42,9 @@ class OptimConfig:
     adam_eps: float = 1e-8
     max_grad_norm: float = 1.0  # 0: no clipping
     lr_decay_steps: int | None = None  # length of the schedule; None: the run's last step. Fix it to extend a run later
+    galore_rank: int = 128  # of the projected gradients
+    galore_update_proj_gap: int = 200  # steps between two projections; q_galore: the least, doubled where a layer's has settled
+    galore_scale: float = 0.25  # of the update in the projected matrices
 
 
 @dataclass(frozen=True)

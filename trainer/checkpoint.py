@@ -2,7 +2,7 @@
 
     <output_dir>/v0-20250101-120000/    one run: args.json, the YAML, logging.jsonl, runs/
         checkpoint-<step>/              model*.safetensors, config.json, the tokenizer (Hugging Face's format);
-                                        args.json, trainer_state.json; resume/ (fp32 weights, AdamW's moments; torch DCP);
+                                        args.json, trainer_state.json; resume/ (fp32 weights, the optimizer's state; torch DCP);
                                         manifest.json (name, size and SHA-256 of each file: the last to be written)
         last, best                      links to a checkpoint
     <output_dir>/last                   link to the newest run's last checkpoint
@@ -31,6 +31,9 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from swiftk.trainer.optimizer import state_of
 
 MANIFEST, STATE, ARGS, RESUME = "manifest.json", "trainer_state.json", "args.json", "resume"
 SAVING = ".saving-"  # .saving-<checkpoint>@<host>@<pid>-<its start>: not a checkpoint yet, or not any more
@@ -90,18 +93,12 @@ def _sha256(path: Path) -> str:
 
 
 def _resume_state(params: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """name -> weight and moments, as whole tensors; moments are made where there are none yet, to be read into."""
+    """name -> weight and what the optimizer keeps of it, as whole tensors, made where there are none yet, to be read into."""
     state: dict[str, Any] = {}
     for name, p in params.items():
         state[f"weight/{name}"] = p.detach()
-        if not p.requires_grad:
-            continue
-        moments = optimizer.state[p]
-        if not moments:
-            moments["step"] = torch.zeros((), dtype=torch.float32)
-            moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            state[f"{key}/{name}"] = moments[key]
+        if p.requires_grad:
+            state |= {f"{key}/{name}": tensor for key, tensor in state_of(optimizer, p).items()}
     return state
 
 
@@ -304,6 +301,11 @@ def load(checkpoint: Path, params: dict[str, torch.nn.Parameter], optimizer: tor
         problems += [
             f"{name} has {shapes[name]}, wants {tuple(t.shape)}"
             for name, t in state.items() if name in shapes and shapes[name] != tuple(t.shape)
+        ]  # fmt: skip
+        dtypes = {name: entry.properties.dtype for name, entry in saved.items() if isinstance(entry, TensorStorageMetadata)}
+        problems += [  # it would be cast: codes are not moments, and moments are not codes
+            f"{name} has {dtypes[name]}, wants {t.dtype}"
+            for name, t in state.items() if dtypes.get(name, t.dtype) != t.dtype and (torch.uint8 in (dtypes[name], t.dtype))
         ]  # fmt: skip
         if problems:
             raise CheckpointError(f"checkpoint: {checkpoint} does not fit the model: " + "; ".join(sorted(problems)[:20]))

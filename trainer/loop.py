@@ -1,4 +1,4 @@
-"""The loop: plan -> micro-batches -> loss sum / global token count -> backward -> sum over ranks -> clip -> AdamW -> log,
+"""The loop: plan -> micro-batches -> loss sum / global token count -> backward -> sum over ranks -> clip -> optimizer -> log,
 evaluate, save. Everything a step does is in `train` below, in the order in which it happens.
 """
 
@@ -45,7 +45,7 @@ class Training:
     optim: OptimConfig
     mesh: Mesh
     model: Model
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     tokenizer: Any
     dataset: Dataset
     plan: BatchPlan

@@ -186,7 +186,7 @@ def run(
     if config.model and resume is None:
         load_checkpoint(model, config.model)
     params = dict(model.named_parameters())
-    optimizer = build_optimizer(params, optim)
+    optimizer = build_optimizer(params, optim, config.seed)
     total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * plan.steps_per_epoch(0))
 
     bytes_needed = sum(p.numel() * (dtype.itemsize + 3 * p.element_size()) for p in params.values()) + (16 << 20)

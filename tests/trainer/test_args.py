@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from swiftk.arguments import ALIASES, NOT_YET, ArgumentError, help_text, keys, parse
+from swiftk.arguments import ALIASES, NOT_YET, VALUE_ALIASES, ArgumentError, help_text, keys, parse
 from swiftk.train import PRESET, resume_command
 
 MODEL = ["--model", "m", "--dataset", "a.jsonl"]
@@ -70,9 +70,19 @@ def test_aliases_that_convert():
     assert a.run.global_batch_size == 24
 
 
+@pytest.mark.parametrize(("old", "new"), sorted(VALUE_ALIASES["optim"].items()))
+def test_other_spellings_of_an_optimizer(old, new):
+    a = read("--optim", old)
+    assert a.optim.optim == new and a.warnings == (f"optim {old} is read as {new}",)
+    assert read("--optim", new).warnings == ()
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--optim", "adam"], r"optim: has 'adam', wants adamw or adamw_8bit or galore or q_galore \(the nearest is adamw\)"),
+        (["--optim", "lion"], "optim: lion is not there yet, wants adamw"),
+        (["--optim", "galore", "--galore_rank", "0"], "galore_rank: has 0, wants more than 0"),
         (["--learning_rte", "1"], "command line: unknown key 'learning_rte'; the nearest is 'learning_rate'"),
         (["--zzzzzz", "1"], "command line: unknown key 'zzzzzz'; python -m swiftk.train --help lists them"),
         (["--max_steps", "many"], "max_steps: has 'many', wants an integer"),

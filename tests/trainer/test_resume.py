@@ -72,6 +72,19 @@ def test_five_and_five_equal_ten(straight, tmp_path):
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
 
 
+@pytest.mark.parametrize("optim", ["adamw_8bit", "q_galore"])
+def test_five_and_five_equal_ten_with_other_optimizers(tmp_path, optim):
+    galore = {"galore_rank": 4, "galore_update_proj_gap": 2}
+    keys = toy.arguments(tmp_path, max_steps=10, save_steps=5, lr_decay_steps=10, optim=optim, **galore)
+    toy.launch({**keys, "output_dir": str(tmp_path / "straight")})
+    toy.launch({**keys, "max_steps": 5})
+    toy.launch({**keys, "resume_from_checkpoint": "auto"})
+    state = state_of(tmp_path / "out" / "last")
+    assert state["exp_avg/model.embed_tokens.weight"].dtype == torch.uint8
+    assert any(name.startswith("projection/") for name in state) == (optim == "q_galore")
+    assert_equal_runs(tmp_path / "straight" / "last", tmp_path / "out" / "last")
+
+
 def test_the_second_half_on_two_ranks(straight, tmp_path):
     """State and data order name no layout: one process, then two ranks, in fp64."""
     keys, _, _ = straight
