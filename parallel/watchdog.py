@@ -16,15 +16,19 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 EXIT_CODE = 13  # of a process that ends because another one died
+BEHIND = 2.0  # seconds by which it ends later than that one: torchrun's summary blames the first process that it sees end
 
 
 class Watchdog:
-    """`store` must be a client of its own: a blocking call of another thread would hold up the heartbeat."""
+    """`store` must be a client of its own: a blocking call of another thread would hold up the heartbeat. `leave` is told why
+    this process ends because of another."""
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, *, position: Callable[[], tuple[int, str]], timeout: float = 20.0
-    ) -> None:
+        self, store: dist.Store, rank: int, size: int, *, position: Callable[[], tuple[int, str]],
+        leave: Callable[[str], None] = lambda reason: None, timeout: float = 20.0,
+    ) -> None:  # fmt: skip
         self.store, self.rank, self.size, self.timeout, self.position = store, rank, size, timeout, position
+        self.leave = leave
         self.interval = min(2.0, timeout / 5)
         self.lock = threading.Lock()
         self.beat = 0
@@ -74,8 +78,11 @@ class Watchdog:
                 self.end(reason)
 
     def end(self, reason: str) -> None:
-        """Prints and exits at once: the main thread may hang in a collective that nobody will answer."""
-        print(f"swiftk: rank {self.rank} stops because {reason}", file=sys.stderr, flush=True)
+        """Prints and exits: the main thread may hang in a collective that nobody will answer."""
+        message = f"rank {self.rank} stops because {reason}"
+        print(f"swiftk: {message}", file=sys.stderr, flush=True)
+        self.leave(message)
+        time.sleep(BEHIND)
         os._exit(EXIT_CODE)
 
     def after_failed_collective(self, error: BaseException) -> str:

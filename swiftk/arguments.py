@@ -286,6 +286,8 @@ class _UniqueKeys(yaml.SafeLoader):
 
 def read_yaml(path: str, known: dict[str, Key]) -> dict[str, Any]:
     file = Path(path)
+    if file.is_dir():
+        raise ArgumentError(f"{path}: is a directory, wants a configuration file; did you mean --model {path}?")
     if not file.is_file():
         near = difflib.get_close_matches(file.name, [p.name for p in file.parent.glob("*.y*ml")], n=1)
         hint = f"; the nearest in {file.parent} is {near[0]}" if near else ""

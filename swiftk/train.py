@@ -6,10 +6,14 @@ or stopped by a signal and saved; 2 bad arguments; 1 any other error; 13 another
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
+import shutil
 import sys
+import time
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -18,22 +22,35 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one tokenizer thread
 import torch
 import torch.distributed as dist
 
-from swiftk.arguments import ArgumentError, Arguments, help_text, parse
+from swiftk.arguments import Arguments, help_text, parse
 from swiftk.parallel import comm as communication
 from swiftk.parallel.comm import DistComm
 from swiftk.parallel.mesh import Mesh
 from swiftk.parallel.watchdog import Watchdog
 from swiftk.trainer.checkpoint import CheckpointError
 from swiftk.trainer.loop import NonFiniteError
-from swiftk.trainer.run import run
+from swiftk.trainer.run import Commands, isa_path, run
 from swiftk.trainer.stop import StopFlag
 
 PRESET = Path(__file__).with_name("tiny.yaml")
 
 
+def program(name: str, module: str | None = None) -> str:
+    """`name` where a shell finds it beside this Python (an activated environment), else this Python by its path."""
+    found = shutil.which(name)
+    if found and os.path.samefile(os.path.dirname(found), os.path.dirname(sys.executable)):
+        return name
+    return shlex.quote(sys.executable) + (f" -m {module}" if module else "")
+
+
+def start_command(world_size: int) -> str:
+    if world_size == 1:
+        return f"{program('python')} -m swiftk.train"
+    return f"{program('torchrun', 'torch.distributed.run')} --nproc-per-node {world_size} -m swiftk.train"
+
+
 def resume_command(argv: list[str], world_size: int) -> str:
     """What goes on where this run stops; the layout may be another one."""
-    start = f"torchrun --nproc-per-node {world_size} -m swiftk.train" if world_size > 1 else "python -m swiftk.train"
     rest: list[str] = []
     skip = False
     for token in argv or [str(PRESET)]:
@@ -41,7 +58,7 @@ def resume_command(argv: list[str], world_size: int) -> str:
             skip = token.split("=")[0].replace("-", "_") == "__resume_from_checkpoint"
         if not skip:
             rest.append(token)
-    return f"{start} {shlex.join(rest)} --resume_from_checkpoint auto"
+    return f"{start_command(world_size)} {shlex.join(rest)} --resume_from_checkpoint auto"
 
 
 def connect(arguments: Arguments, rank: int, world_size: int) -> tuple[Mesh, Watchdog | None]:
@@ -57,8 +74,18 @@ def connect(arguments: Arguments, rank: int, world_size: int) -> tuple[Mesh, Wat
     dist.init_process_group("gloo", store=group, rank=rank, world_size=world_size, timeout=timeout)
     comm = DistComm()
     beats = dist.PrefixStore(f"{run_id}/watchdog", dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=10)))
-    watchdog = Watchdog(beats, rank, world_size, timeout=arguments.parallel.heartbeat_timeout, position=lambda: comm.position)
+    watchdog = Watchdog(beats, rank, world_size, timeout=arguments.parallel.heartbeat_timeout,
+                        position=lambda: comm.position, leave=tell_launcher)  # fmt: skip
     return Mesh.from_comm(comm), watchdog
+
+
+def tell_launcher(message: str) -> None:
+    """Torchrun's summary then has the message, and the first rank to fail as its root cause."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path and not os.path.exists(path):
+        entry = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": entry}))
 
 
 def in_a_collective(error: BaseException) -> bool:
@@ -69,6 +96,7 @@ def in_a_collective(error: BaseException) -> bool:
 def fail(message: str, rank: int, watchdog: Watchdog | None) -> int:
     """One message for people, from rank 0 where all ranks have the same one, and the reason for the others."""
     reason = message.split("\n")[0]
+    tell_launcher(message)
     if not (watchdog and watchdog.reported(reason)):
         print(f"swiftk.train: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr, flush=True)
     if watchdog:
@@ -83,10 +111,12 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         arguments = parse(argv, world_size=world_size, preset=str(PRESET))
-    except ArgumentError as error:
+        isa_path(arguments.run.isa)
+    except (ValueError, ImportError) as error:  # the second: no compiled kernels
         if rank == 0:
             print(f"swiftk.train: {error}", file=sys.stderr)
-        return 2
+        tell_launcher(str(error))
+        return 2 if isinstance(error, ValueError) else 1
     if rank == 0:
         for warning in arguments.warnings:
             print(f"swiftk.train: {warning}", file=sys.stderr)
@@ -103,13 +133,17 @@ def main(argv: list[str]) -> int:
     try:
         run(
             arguments.run, arguments.data, arguments.optim, mesh, stop, arguments=arguments.flat(),
-            yaml_path=arguments.yaml_path, resume_command=resume_command(argv, world_size),
+            yaml_path=arguments.yaml_path,
+            commands=Commands(
+                start_command(2), program("tensorboard", "tensorboard.main"), resume_command(argv, world_size)
+            ),
         )  # fmt: skip
     except (ValueError, CheckpointError, NonFiniteError, ImportError) as error:
         stop.agreed()
         return fail(str(error), rank, watchdog)
     except (RuntimeError, ConnectionError) as error:
         if not watchdog or not in_a_collective(error):
+            tell_launcher(repr(error))
             if watchdog:
                 watchdog.failed(repr(error))
             raise
@@ -120,6 +154,7 @@ def main(argv: list[str]) -> int:
         stop.agreed()
         return fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), rank, watchdog)
     except BaseException as error:
+        tell_launcher(repr(error))
         if watchdog:
             watchdog.failed(repr(error))
         raise

@@ -223,6 +223,8 @@ def invalid(checkpoint: Path, *, hashes: bool = True) -> str | None:
     try:
         listing = dict(json.loads((checkpoint / MANIFEST).read_text())["files"])
     except FileNotFoundError:
+        if not (checkpoint / STATE).exists() and not (checkpoint / RESUME).exists():
+            return f"it is not a checkpoint of a run (no {MANIFEST}, {STATE}, {RESUME}); weights alone start anew with --model"
         return f"{MANIFEST} is missing: the save did not finish"
     except (ValueError, KeyError, TypeError):
         return f"{MANIFEST} is not readable"
@@ -346,6 +348,16 @@ def remove_leftovers(output_dir: Path) -> list[Path]:
                 shutil.rmtree(path, ignore_errors=True)
                 removed.append(path)
     return removed
+
+
+def check_writable(output_dir: Path) -> None:
+    """Before anything is read: the directory, or the nearest one above that exists, can be written. Makes nothing."""
+    there = next(p for p in (output_dir.absolute(), *output_dir.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "may not be written to" if there.is_dir() else "is not a directory"
+        raise CheckpointError(
+            f"checkpoint: output_dir {output_dir} cannot be written: {there} {reason}; choose another --output_dir"
+        )
 
 
 def check_room(output_dir: Path, bytes_needed: int) -> None:

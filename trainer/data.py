@@ -39,8 +39,9 @@ def load_dataset(
 
     truncation_strategy, for rows of more than max_length tokens: delete (the row; counted), right (keep the first tokens),
     left (keep the last ones), split (stage pt: pieces of max_length that share one token, the last one shorter).
-    The report's keys, each counted in rows: read, skipped (strict false: no format or no provable mask), too_long (longer
-    than max_length), untrained (no token to train is left), rows; and tokens, trained_tokens.
+    The report's keys, each counted in rows: read, skipped (strict false: no format or no provable mask), those longer than
+    max_length (too_long: left out by delete; cut: by the others), untrained (no token to train is left), rows; and tokens,
+    trained_tokens, lost_tokens (left and right: of the cut rows, what no row holds).
     Raises: ValueError for bad input (`read_rows`, `encode`), and when no row is left.
     """
     strategy = config.truncation_strategy or ("split" if config.stage == "pt" else "delete")
@@ -53,14 +54,17 @@ def load_dataset(
     if max_length < 2:
         raise ValueError(f"max_length: {max_length} tokens hold nothing to predict, wants at least 2")
     rows, skipped = read_rows(config, dataset)
-    report: Counter[str] = Counter(read=len(rows) + len(skipped), skipped=len(skipped), too_long=0, untrained=0)
+    over = "too_long" if strategy == "delete" else "cut"
+    report: Counter[str] = Counter({"read": len(rows) + len(skipped), "skipped": len(skipped), over: 0, "untrained": 0})
     kept: list[Encoded] = []
     shortest = None
     for encoded in _encode(rows, tokenizer, config, report):
         length = len(encoded.input_ids)
         if length > max_length:
-            report["too_long"] += 1
+            report[over] += 1
             shortest = min(length, shortest or length)
+            if strategy in ("left", "right"):
+                report["lost_tokens"] += length - max_length
         for piece in _cut(encoded, max_length, strategy):
             if piece.loss_mask[1:].any():
                 kept.append(piece)
@@ -71,11 +75,13 @@ def load_dataset(
     report["trained_tokens"] = sum(int(row.loss_mask[1:].sum()) for row in kept)
     if not kept:
         reasons = [f"{report['read']} read", f"{report['skipped']} skipped (first: {skipped[0]})" if skipped else ""]
-        if report["too_long"]:
-            reasons.append(
-                f"{report['too_long']} longer than max_length {max_length} (the shortest has {shortest} tokens; raise "
-                "--max_length or use --truncation_strategy right)"
-            )
+        if report[over]:
+            bound = config.max_length is None or config.max_length > max_length
+            limit = "the model's limit of {} tokens" if bound else "max_length {}"
+            more = "" if bound else "raise --max_length or "
+            cutting = "split" if config.stage == "pt" else "right"
+            advice = f"; {more}use --truncation_strategy {cutting}" if strategy == "delete" else ""
+            reasons.append(f"{report[over]} longer than {limit.format(max_length)} (the shortest has {shortest}{advice})")
         if report["untrained"]:
             reasons.append(f"{report['untrained']} without a token to train")
         raise ValueError(f"dataset: no rows are left: {', '.join(filter(None, reasons))}")
@@ -96,7 +102,16 @@ def load_splits(config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_leng
     if ratio == 0:
         return whole, None
     if n < 2:
-        raise ValueError("split_dataset_ratio: there is one row, wants at least two to hold one out")
+        advice = (
+            ""
+            if config.stage != "pt"
+            else (
+                "; --truncation_strategy split makes rows of a long text"
+                if whole.report.get("lost_tokens")
+                else f"; a --max_length below its {whole.report['tokens']} tokens makes more of it"
+            )
+        )
+        raise ValueError(f"split_dataset_ratio: there is one row, wants at least two to hold one out{advice}")
     held = set(np.argsort(shuffle_keys(n, config.seed), kind="stable")[: min(max(round(n * ratio), 1), n - 1)].tolist())
     parts = []
     for inside in (False, True):

@@ -200,5 +200,5 @@ def advice(t: Training, rows: Path) -> str:
     return (
         f"The rows of the step are in {rows.with_name(rows.name.rsplit('-', 1)[0])}-*.jsonl; "
         f"the last good checkpoint is {checkpoint.newest(t.run_dir) or 'none yet'}. "
-        "Try a lower learning_rate, or --torch_dtype float32"
+        "Try a lower learning_rate" + (", or --torch_dtype float32" if t.model.compute_dtype == torch.bfloat16 else "")
     )

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -127,14 +127,17 @@ class Reporter:
             )  # fmt: skip
             self.bar = progress.Progress(*columns, console=Console(file=self.out))
             self.task = self.bar.add_task("train", total=total_steps, completed=start_step, note="")
-            self.bar.start()
+
+    def progress(self) -> AbstractContextManager[Any]:
+        """Shows the bar while it is open: not before, when other things are printed, nor below the last words."""
+        return self.bar or nullcontext()
 
     def say(self, text: str = "") -> None:
         """A line for people."""
         if self.quiet:
             return
         if self.bar:
-            self.bar.console.print(text, markup=False, highlight=False)
+            self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)  # as it is: to be pasted
         else:
             print(text, file=self.out, flush=True)
 

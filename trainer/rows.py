@@ -64,6 +64,7 @@ def to_messages(record: Mapping[str, Any], stage: str, system: str | None = None
 
     Raises: RowError that names the keys seen, or the stage that the row belongs to.
     """
+    empty = [key for key, value in record.items() if value is None]
     record = {key: value for key, value in record.items() if value is not None}
     for key in REJECTED:
         if key in record:
@@ -72,8 +73,9 @@ def to_messages(record: Mapping[str, Any], stage: str, system: str | None = None
         raise RowError("a true/false 'label' makes this a KTO row: stage kto is not there yet; drop that column for stage sft")
     messages = _conversation(record)
     if messages is None:
+        seen = [*map(repr, record), *(f"{key!r} (null)" for key in empty)]
         raise RowError(
-            f"fits no format, keys seen: {', '.join(map(repr, record)) or 'none'}; wants 'messages', 'query' and 'response' "
+            f"fits no format, keys seen: {', '.join(seen) or 'none'}; wants 'messages', 'query' and 'response' "
             'or another one of docs/data.md; name the columns with --columns \'{"their name": "query"}\''
         )
     if not messages:
@@ -84,7 +86,9 @@ def to_messages(record: Mapping[str, Any], stage: str, system: str | None = None
             raise RowError("is a conversation, stage pt wants 'text' or messages of the assistant alone; use --stage sft")
         messages = [{"role": "assistant", "content": "\n".join(message["content"] for message in messages)}]
     elif "assistant" not in roles:
-        raise RowError(f"has no reply (roles {', '.join(sorted(roles))}): prompts belong to stage grpo, which is not there yet")
+        null = "".join(f"; {key!r} is null" for key in empty)
+        found = f"roles {', '.join(sorted(roles))}{null}"
+        raise RowError(f"has no reply ({found}): prompts belong to stage grpo, which is not there yet")
     elif "text" in record and roles == {"assistant"} and "messages" not in record:
         raise RowError("has only 'text', stage sft wants a query and a response; use --stage pt for plain text")
     elif messages[0]["role"] != "system" and (text := _text(record, "system", system)):
@@ -203,7 +207,7 @@ def _jsonl(path: Path, take: Callable[[int], set[int] | None]) -> Iterator[Recor
 
 def _json_line(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8").rstrip("\r\n"))  # else a cut string is said to be a control character
     except UnicodeDecodeError as error:
         return RowError(f"is not UTF-8: byte {line[error.start]:#04x} at position {error.start}")
     except json.JSONDecodeError as error:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 
 from swiftk import __version__
 from swiftk.config import DataConfig, OptimConfig, RunConfig
-from swiftk.kernels._native import native
+from swiftk.kernels._native import ISAS, native
 from swiftk.model import Model, ModelConfig, load_checkpoint
 from swiftk.parallel.mesh import Mesh
 from swiftk.trainer import checkpoint
@@ -29,7 +31,16 @@ from swiftk.trainer.stop import StopFlag
 from swiftk.trainer.tokenizer import check_vocab, load_tokenizer, train_tokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-NEW_TOKENS = 64  # of the completion printed at the end
+NEW_TOKENS, NEW_LINES = 64, 8  # of the completion printed at the end
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What people are told to paste next, with the names that the shell which started the run finds."""
+
+    train: str  # up to the arguments
+    tensorboard: str
+    resume: str  # the whole line
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -41,8 +52,13 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 def isa_path(isa: str) -> str:
     """What `isa` means on this machine; ValueError if it has no such instructions."""
-    native().resolve_isa(isa)
-    return native().best_isa() if isa == "auto" else isa
+    best = native().best_isa()
+    try:
+        native().resolve_isa(isa)
+    except ValueError:
+        has = ", ".join(ISAS[ISAS.index(best) :])
+        raise ValueError(f"isa: has {isa!r}, wants what this CPU has: auto, {has}") from None
+    return best if isa == "auto" else isa
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -94,10 +110,16 @@ def unusual(checkpoint_dir: Path, args: dict[str, Any]) -> list[str]:
 
 
 def find_resume(config: RunConfig, output_dir: Path, args: dict[str, Any], mesh: Mesh, say: list[str]) -> Path | None:
-    """The checkpoint to go on from, the same on all ranks: rank 0 looks, and removes what killed saves left behind."""
+    """The checkpoint to go on from, the same on all ranks: rank 0 looks, and removes what killed saves left behind. That
+    output_dir can be written is looked at here too, before minutes are spent on the rows."""
     found: Path | None = None
     problem: str | None = None
-    if mesh.world.rank == 0:
+    if mesh.world.rank == 0 and not config.preview:
+        try:
+            checkpoint.check_writable(output_dir)
+        except checkpoint.CheckpointError as error:
+            problem = str(error)
+    if mesh.world.rank == 0 and not problem:
         say += [f"removed {path}, left by a save that did not finish" for path in checkpoint.remove_leftovers(output_dir)]
         if config.resume_from_checkpoint == "auto":
             found, notes = checkpoint.find_resumable(output_dir, args)
@@ -144,14 +166,14 @@ def prepare_run_dir(config: RunConfig, output_dir: Path, resume: Path | None, ar
 
 def run(
     config: RunConfig, data: DataConfig, optim: OptimConfig, mesh: Mesh, stop: StopFlag, *,
-    arguments: dict[str, Any], yaml_path: str | None, resume_command: str,
+    arguments: dict[str, Any], yaml_path: str | None, commands: Commands,
 ) -> bool:  # fmt: skip
     """One training run, on every rank.
 
     Args:
         arguments: every key with its value, for args.json and for the comparison on resume.
         yaml_path: the configuration file, copied to the output.
-        resume_command: printed when a signal stops the run.
+        commands: printed at the end; `resume` when a signal stops the run.
     Returns: True if the run finished, or printed its preview; False if a signal stopped it (saved).
     Raises: ValueError for bad input, CheckpointError, NonFiniteError.
     """
@@ -162,7 +184,11 @@ def run(
     if not quiet:
         print(*notes, sep="\n", end="\n" if notes else "", flush=True)
 
-    shape = ModelConfig.from_hf(config.model or config.model_config)
+    try:
+        shape = ModelConfig.from_hf(config.model or config.model_config)
+    except ValueError as error:
+        where = f" (model_config of {yaml_path})" if config.model_config and yaml_path else ""
+        raise ValueError(f"{error}{where}") from None
     tokenizer = build_tokenizer(config, data, shape.vocab_size, resume, mesh)
     check_vocab(tokenizer, shape.vocab_size)
     max_length = min(data.max_length or shape.max_position_embeddings, shape.max_position_embeddings)
@@ -170,9 +196,14 @@ def run(
         print(f"careful: max_length has {data.max_length}, the model ends at {max_length} positions, which is used", flush=True)
     dataset, held_out = load_splits(data, tokenizer, max_length)
     plan = plan_of(dataset, config, data, max_length, mesh)
+    if (lost := dataset.report.get("lost_tokens")) and not quiet:
+        print(f"careful: {lost} tokens of {dataset.report['cut']} rows are cut off at max_length {max_length}"
+              f" (truncation_strategy {data.truncation_strategy}{'; split would keep them' if data.stage == 'pt' else ''})",
+              flush=True)  # fmt: skip
     if config.preview:
         if not quiet:
             preview(dataset, plan, tokenizer, config.preview)
+            print("preview only, nothing is trained: leave out --preview to train", flush=True)
         return True
     mark = fingerprint(dataset)
     if len(set(mesh.world.comm.all_gather_object(mark))) > 1:
@@ -219,12 +250,13 @@ def run(
         introduce(t)
         if not quiet:
             show_first_row(dataset, tokenizer)
-        finished = train(t)
+        with t.reporter.progress():
+            finished = train(t)
         if not finished:
             name = stop.signal_name or "a signal to another rank"
-            t.reporter.say(f"stopped by {name} after step {t.step}, saved; go on with:\n  {resume_command}")
+            t.reporter.say(f"stopped by {name} after step {t.step}, saved; go on with:\n  {commands.resume}")
         elif not quiet:
-            closing_words(t)
+            closing_words(t, commands)
     except ConnectionError:  # of a collective
         raise
     except OSError as error:  # of the log, or of the rows of a step
@@ -287,7 +319,13 @@ def restore(t: Training, state: checkpoint.TrainerState) -> None:
         t.best = (state.best_loss, state.best_step)
 
 
-def closing_words(t: Training) -> None:
+def completion_lines(text: str) -> list[str]:
+    """Without its empty lines, and not all of them: a model of few steps may write nothing else."""
+    lines = [line for line in text.split("\n") if line.strip()] or ["(nothing but white space)"]
+    return lines if len(lines) <= NEW_LINES else [*lines[:NEW_LINES], "..."]
+
+
+def closing_words(t: Training, commands: Commands) -> None:
     """One greedy completion of an unseen row, and what to do next."""
     say = t.reporter.say
     if t.held_out is not None:
@@ -302,11 +340,14 @@ def closing_words(t: Training) -> None:
         found = greedy(t.model, torch.tensor(ids[:start]), stops, NEW_TOKENS)
         say("\na row that was held out, completed greedily:")
         say("  " + t.tokenizer.decode(ids[:start]).strip().replace("\n", "\n  "))
-        say("  > " + t.tokenizer.decode(found).replace("\n", "\n  > "))
+        say("  > " + "\n  > ".join(completion_lines(t.tokenizer.decode(found))))
     last = t.run_dir / "last"
     say(f"\nthe checkpoint is {last}; transformers loads it: AutoModelForCausalLM.from_pretrained({str(last)!r})")
     say("next, train it on your own rows:")
-    say(f"  torchrun --nproc-per-node 2 -m swiftk.train --model {last} --dataset yours.jsonl --split_dataset_ratio 0.05")
+    source = f"--model {shlex.quote(str(last))}"
+    if t.config.model_config and t.optim.learning_rate:  # trained for minutes: the default, for checkpoints, hardly moves it
+        source += f" --tuner_type full --learning_rate {t.optim.learning_rate:g}"
+    say(f"  {commands.train} {source} --dataset yours.jsonl --split_dataset_ratio 0.05")
     say("look at the curves:")
-    say(f"  tensorboard --logdir {t.run_dir / 'runs'}")
-    say("see which tokens are trained: add --preview 2. All keys: python -m swiftk.train --help")
+    say(f"  {commands.tensorboard} --logdir {shlex.quote(str(t.run_dir / 'runs'))}")
+    say("see which tokens are trained: add --preview 2; all keys: add --help")

@@ -15,6 +15,7 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is in every folder with a tokenizer
 SMALLEST = 256 + len(SPECIAL_TOKENS)  # every byte has a token of its own, so there is no unknown text
 
 
@@ -59,12 +60,12 @@ def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
     """
     if not Path(directory).is_dir():
         raise ValueError(f"tokenizer: {directory} is not a folder, wants one with tokenizer.json")
+    if not any((Path(directory) / name).is_file() for name in FILES):  # transformers may make an empty one up
+        raise ValueError(f"tokenizer: {directory} has none of {', '.join(FILES)}; copy those of the model there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        absent = not (Path(directory) / "tokenizer.json").is_file()
-        why = "there is no tokenizer.json" if absent else str(error).splitlines()[0]
-        raise ValueError(f"tokenizer: {directory} holds none that loads ({why})") from error
+        raise ValueError(f"tokenizer: {directory} holds none that loads ({str(error).splitlines()[0]})") from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer: {directory} has no tokenizer.json, wants one: loss masks need its character offsets")
     return tokenizer

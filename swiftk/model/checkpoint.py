@@ -165,7 +165,11 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes aside, syncs, renames; what a failed write (a full disk) left behind is removed."""
     aside = path.with_name(path.name + ".tmp")
     try:
+        aside.unlink(missing_ok=True)
+        aside.touch()
+        mode = aside.stat().st_mode  # 0666 less the umask; safetensors would leave 0600, which no other user can serve
         write(aside)
+        aside.chmod(mode)
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,9 @@ class ModelConfig:
         try:
             raw = json.loads(path.read_text())
         except FileNotFoundError:
-            raise ValueError(f"{OP}: there is no {path}; wants a directory with a config.json, or the path of one") from None
+            hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.parent.exists()
+            fetch = f"; a hub's names are not fetched: hf download {source} --local-dir DIR, then --model DIR" if hub else ""
+            raise ValueError(f"{OP}: there is no {path}; wants a directory with a config.json{fetch}") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{OP}: {path} is not JSON ({error})") from None
         if not isinstance(raw, dict):

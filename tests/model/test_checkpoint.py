@@ -38,6 +38,9 @@ def test_transformers_reads_what_we_write(family, shards, tmp_path):
     assert torch.equal(again(ids[None]).logits, theirs(ids[None]).logits)
     assert (shards == 10**9) == (tmp_path / "ours/model.safetensors").is_file()
     assert not list((tmp_path / "ours").glob("*.tmp"))
+    (tmp_path / "plain").touch()
+    modes = {p.stat().st_mode for p in [tmp_path / "plain", *(tmp_path / "ours").iterdir()]}
+    assert len(modes) == 1, modes  # 0666 less the umask: other users may read it
     for file in (tmp_path / "ours").glob("*.safetensors"):
         with safe_open(file, framework="pt") as f:
             sizes = [4 * torch.Size(f.get_slice(name).get_shape()).numel() for name in f.keys()]  # noqa: SIM118

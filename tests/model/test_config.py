@@ -72,6 +72,8 @@ def test_to_hf_means_the_same_to_transformers(name):
 def test_reads_a_path_and_a_directory(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Qwen3-0.6B"]))
     assert ModelConfig.from_hf(tmp_path) == ModelConfig.from_hf(str(tmp_path / "config.json"))
+    with pytest.raises(ValueError, match=r"a hub's names are not fetched: hf download Qwen/Qwen3-0.6B --local-dir DIR"):
+        ModelConfig.from_hf("Qwen/Qwen3-0.6B")
     with pytest.raises(ValueError, match=r"there is no .*nowhere; wants a directory with a config.json"):
         ModelConfig.from_hf(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"model_type": ')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,8 @@ def test_yaml_errors(tmp_path):
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ArgumentError, match=r"config.yaml: cannot be read as text"):
         parse([str(tmp_path / "config.yaml")], preset=str(PRESET))
+    with pytest.raises(ArgumentError, match=r"is a directory, wants a configuration file; did you mean --model .*\?"):
+        parse([str(tmp_path), "--dataset", "d.jsonl"], preset=str(PRESET))
     with pytest.raises(ArgumentError, match=r"confg.yaml: no such configuration file; the nearest in .* is config.yaml"):
         parse([str(tmp_path / "confg.yaml")], preset=str(PRESET))
 
@@ -175,6 +178,18 @@ def test_help_lists_every_key_with_its_default_and_comment():
     assert keys()["packing"].help.startswith("several rows per sequence")
 
 
-def test_the_resume_command_replaces_an_older_one():
-    command = resume_command(["c.yaml", "--resume_from_checkpoint", "x y", "--seed", "1"], 2)
-    assert command == "torchrun --nproc-per-node 2 -m swiftk.train c.yaml --seed 1 --resume_from_checkpoint auto"
+def test_the_resume_command_replaces_an_older_one_and_is_what_the_shell_finds(tmp_path, monkeypatch):
+    argv = ["my config.yaml", "--resume_from_checkpoint", "x y", "--seed", "1"]
+    rest = "-m swiftk.train 'my config.yaml' --seed 1 --resume_from_checkpoint auto"
+    (tmp_path / "my env").mkdir()
+    for name in ("python", "torchrun"):
+        (tmp_path / "my env" / name).touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "my env" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "my env"))  # activated
+    assert resume_command(argv, 2) == f"torchrun --nproc-per-node 2 {rest}"
+    assert resume_command(argv, 1) == f"python {rest}"
+    (tmp_path / "torchrun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))  # another environment's
+    python = f"'{tmp_path}/my env/python'"
+    assert resume_command(argv, 2) == f"{python} -m torch.distributed.run --nproc-per-node 2 {rest}"
+    assert resume_command(argv, 1) == f"{python} {rest}"

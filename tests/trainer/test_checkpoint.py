@@ -145,6 +145,22 @@ def test_a_damaged_checkpoint_is_passed_over(run_dir, damage, why):
         checkpoint.load(bad, params, optimizer)
 
 
+def test_a_directory_that_never_was_a_checkpoint(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"w")
+    assert (checkpoint.invalid(tmp_path) or "").startswith("it is not a checkpoint of a run")
+
+
+def test_an_output_directory_is_tried_without_making_it(tmp_path, monkeypatch):
+    checkpoint.check_writable(tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(checkpoint.CheckpointError, match=r"file/out cannot be written: .*file is not a directory; choose"):
+        checkpoint.check_writable(tmp_path / "file" / "out")
+    monkeypatch.setattr(checkpoint.os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(checkpoint.CheckpointError, match=r"may not be written to"):
+        checkpoint.check_writable(tmp_path / "out")
+
+
 @pytest.mark.parametrize("stage", ["model", "moments", "fsync", "manifest", "rename"])
 def test_a_full_disk_leaves_the_last_checkpoint(run_dir, stage, monkeypatch):
     """ENOSPC at each stage of a save: a clear error, no remains, the old one intact and linked."""

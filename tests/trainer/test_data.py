@@ -73,8 +73,10 @@ def test_formats_of_pretraining():
 @pytest.mark.parametrize(
     ("record", "stage", "message"),
     [
-        ({"a": 1, "b": None, "c": ""}, "sft", "fits no format, keys seen: 'a', 'c'; wants 'messages', 'query' and 'response'"),
+        ({"a": 1, "b": None, "c": ""}, "sft", r"fits no format, keys seen: 'a', 'c', 'b' \(null\); wants 'messages', 'query'"),
         ({}, "sft", "fits no format, keys seen: none"),
+        ({"query": None, "response": "r"}, "sft", r"fits no format, keys seen: 'response', 'query' \(null\); wants"),
+        ({"query": "q", "response": None}, "sft", r"has no reply \(roles user; 'response' is null\): prompts belong"),
         ({"messages": [U, A], "rejected_response": "x"}, "sft", "'rejected_response' makes this a preference row: stage dpo"),
         (ROW | {"rejected": "x"}, "sft", "stage dpo is not there yet"),
         ({"messages": [U, A], "label": True}, "sft", "a KTO row: stage kto is not there yet"),
@@ -144,6 +146,7 @@ def test_one_table_in_every_kind_of_file(tmp_path):
         ("rows.jsonl", b"", "rows.jsonl is empty"),
         ("rows.jsonl", b"\n \n", "rows.jsonl has no rows"),
         ("rows.jsonl", GOOD + b'\n{"query": "q", "respo', "line 3 is not JSON .*: str '{.*respo'; the file ends in the mid"),
+        ("rows.jsonl", b'{"query": "q", "response": "cut o\n' + GOOD, r"line 1 is not JSON \(Unterminated .*: str '{.*cut o'"),
         ("rows.jsonl", GOOD + b'query,response\n', "line 2 is not JSON .* 'query,response'"),
         ("rows.jsonl", b'["a"]\n', r"line 1 is list \['a'\], wants an object"),
         ("rows.jsonl", b'{"query": "\xff"}\n', "line 1 is not UTF-8: byte 0xff at position 11"),
@@ -252,21 +255,25 @@ def test_truncation(tmp_path):
     whole = load(None, 60)
     assert whole.lengths.tolist() == [25, 30, 40, 60] and whole.report["too_long"] == 0
     assert load(None).lengths.tolist() == load("delete").lengths.tolist() == [25, 30, 40]
-    assert load("delete").report["too_long"] == load("right").report["too_long"] == 1
+    assert load("delete").report["too_long"] == load("right").report["cut"] == 1
+    assert load("left").report["lost_tokens"] == 20 and "lost_tokens" not in load("delete").report
     for strategy, part in (("right", slice(None, 40)), ("left", slice(20, None))):
         row = load(strategy).rows[3]
         assert row.input_ids.tolist() == whole.rows[3].input_ids[part].tolist()
         assert row.loss_mask.tolist() == whole.rows[3].loss_mask[part].tolist()
     rows = jsonl(tmp_path, {"query": "q" * 60, "response": "r"}, ROW)  # cut inside its prompt, the first has nothing to train
     cut = load_dataset(DataConfig(dataset=(rows,), truncation_strategy="right"), TOKENIZER, 40)
-    assert (cut.report["too_long"], cut.report["untrained"], cut.report["rows"]) == (1, 1, 1)
+    assert (cut.report["cut"], cut.report["untrained"], cut.report["rows"]) == (1, 1, 1)
 
 
 def test_no_row_left(tmp_path):
     path = sized(tmp_path, 25, 30)
-    message = r"no rows are left: 2 read, 2 longer than max_length 10 \(the shortest has 25 tokens; raise --max_length"
+    message = r"no rows are left: 2 read, 2 longer than max_length 10 \(the shortest has 25; raise --max_length or use"
     with pytest.raises(ValueError, match=message):
-        load_dataset(DataConfig(dataset=(path,)), TOKENIZER, 10)
+        load_dataset(DataConfig(dataset=(path,), max_length=10), TOKENIZER, 10)
+    message = r"2 longer than the model's limit of 10 tokens \(the shortest has 25; use --truncation_strategy right\)"
+    with pytest.raises(ValueError, match=message):  # a higher max_length would not help
+        load_dataset(DataConfig(dataset=(path,), max_length=99), TOKENIZER, 10)
     with pytest.raises(ValueError, match="2 without a token to train"):
         load_dataset(DataConfig(dataset=(path,), truncation_strategy="right"), TOKENIZER, 3)
     silent = jsonl(tmp_path, {"messages": [U, A | {"loss": False}]})
@@ -291,9 +298,14 @@ def test_a_text_file_is_one_document_cut_into_pieces(tmp_path):
     assert set(dataset.lengths[:-1]) == {32} and all(row.loss_mask.all() for row in dataset.rows)
     labels = np.concatenate([row.input_ids[1:] for row in dataset.rows])
     assert [whole[0], *labels.tolist()] == whole  # each token but the first is a label, once
-    assert dataset.report["trained_tokens"] == len(whole) - 1 and dataset.report["too_long"] == 1
+    assert dataset.report["trained_tokens"] == len(whole) - 1 and dataset.report["cut"] == 1
     exact = load_dataset(config, TOKENIZER, len(whole))
-    assert exact.lengths.tolist() == [len(whole)] and exact.report["too_long"] == 0
+    assert exact.lengths.tolist() == [len(whole)] and exact.report["cut"] == 0
+    one = DataConfig(stage="pt", dataset=(str(path),), split_dataset_ratio=0.2, truncation_strategy="right")
+    with pytest.raises(ValueError, match=r"there is one row, .*; --truncation_strategy split makes rows of a long text"):
+        load_splits(one, TOKENIZER, 32)
+    with pytest.raises(ValueError, match=rf"there is one row, .*; a --max_length below its {len(whole)} tokens"):
+        load_splits(one, TOKENIZER, len(whole))
     for limit in (len(whole) - 1, 2, 3):
         pieces = load_dataset(config, TOKENIZER, limit).rows
         assert [whole[0], *np.concatenate([row.input_ids[1:] for row in pieces]).tolist()] == whole
@@ -370,7 +382,7 @@ def test_tokenizer_errors(tmp_path):
         train_tokenizer(["a"], 4096)
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"holds none that loads \(there is no tokenizer.json\)"):
+    with pytest.raises(ValueError, match=r"has none of tokenizer.json, tokenizer.model, vocab.json; copy"):
         load_tokenizer(tmp_path)
     check_vocab(TOKENIZER, 280)
     with pytest.raises(ValueError, match=r"token '.*' has id 279, the model's vocab_size is 270 and the tokenizer's 280"):

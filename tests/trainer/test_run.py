@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 
 import pytest
@@ -14,6 +15,8 @@ from swiftk.parallel.comm import run_threads
 from swiftk.train import main
 from swiftk.trainer import checkpoint
 from swiftk.trainer.loop import NonFiniteError
+from swiftk.trainer.run import completion_lines
+from tests.conftest import ISAS
 from tests.trainer import toy
 
 
@@ -94,8 +97,20 @@ def test_what_is_printed(tmp_path, capsys):
     toy.launch(toy.arguments(tmp_path, max_steps=2))
     text = capsys.readouterr().out
     for expected in ("M parameters, 100% trainable (fp32)", "compute     float32", "tokens/row", "{+", "held out    rows",
-                     "completed greedily", "loads it: AutoModelForCausalLM", "--dataset yours.jsonl"):  # fmt: skip
+                     "completed greedily", "loads it: AutoModelForCausalLM",
+                     "--tuner_type full --learning_rate 0.01 --dataset yours.jsonl"):  # fmt: skip
         assert expected in text, expected
+
+
+def test_paths_that_are_printed_can_be_pasted(tmp_path, capsys):
+    toy.launch(toy.arguments(tmp_path, max_steps=1, output_dir=str(tmp_path / "my out")))
+    text = capsys.readouterr().out
+    assert f"--model '{tmp_path}/my out/" in text and f"--logdir '{tmp_path}/my out/" in text
+
+
+def test_a_completion_of_empty_lines_is_short():
+    assert completion_lines("\n\n \n") == ["(nothing but white space)"]
+    assert completion_lines("a\n\n" * 8) == ["a"] * 8 and completion_lines("a\n\n" * 9) == ["a"] * 8 + ["..."]
 
 
 def test_a_second_run_gets_the_next_version(tmp_path):
@@ -109,13 +124,19 @@ def test_a_second_run_gets_the_next_version(tmp_path):
 
 def test_preview_trains_nothing(tmp_path, capsys):
     assert toy.launch(toy.arguments(tmp_path, preview=2))
-    assert "pack 2 of 2" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    text = capsys.readouterr().out
+    assert "pack 2 of 2" in text and not (tmp_path / "out").exists()
+    assert text.endswith("preview only, nothing is trained: leave out --preview to train\n") and "careful" not in text
 
 
 def test_pretraining_on_plain_text(tmp_path, capsys):
     (tmp_path / "text.txt").write_text("\n".join(" ".join(toy.WORDS[i % 7 :]) for i in range(200)))
     keys = toy.arguments(tmp_path, stage="pt", dataset=(str(tmp_path / "text.txt"),), max_length=32, max_steps=2)
-    assert toy.launch(keys)
+    assert toy.launch(keys) and "careful" not in capsys.readouterr().out
+    assert toy.launch({**keys, "truncation_strategy": "right", "split_dataset_ratio": 0.0, "preview": 1})
+    found = re.search(r"careful: (\d+) tokens of 1 rows are cut off at max_length 32 \(truncation_strategy right; split",
+                      capsys.readouterr().out)  # fmt: skip
+    assert found and int(found[1]) > 1000
     lines = toy.logged(next((tmp_path / "out").glob("v0-*")))
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"]
 
@@ -237,6 +258,9 @@ def test_a_disk_without_room_is_found_before_training(tmp_path, monkeypatch):
 def test_bad_arguments_exit_with_2_and_bad_data_with_1(tmp_path, capsys):
     assert main(["--model", "m", "--dataset", "d", "--learning_rte", "1"]) == 2
     assert "unknown key 'learning_rte'; the nearest is 'learning_rate'" in capsys.readouterr().err
+    if "avx512" not in ISAS:
+        assert main(toy.argv(toy.arguments(tmp_path, isa="avx512"))) == 2
+        assert "isa: has 'avx512', wants what this CPU has: auto, " in capsys.readouterr().err
     assert main(["--dataset", "d.jsonl"]) == 2
     assert "without model" in capsys.readouterr().err
     assert main(toy.argv(toy.arguments(tmp_path, dataset=(str(tmp_path / "rowz.jsonl"),), peak_tflops=1))) == 1

@@ -85,7 +85,7 @@ def test_a_signal_to_one_rank_saves_on_all_and_exits_with_0(tmp_path, ranks, num
     saved = checkpoint.newest(run_dir)
     assert saved is not None and checkpoint.invalid(saved) is None
     assert f"after step {checkpoint.read_state(saved).step}, saved; go on with:" in text
-    assert "torchrun --nproc-per-node 2 -m swiftk.train" in text and "--resume_from_checkpoint auto" in text
+    assert "--nproc-per-node 2 -m swiftk.train" in text and "--resume_from_checkpoint auto" in text
 
 
 def test_no_agreement_no_save(tmp_path, ranks):

@@ -13,7 +13,7 @@ from swiftk.model import Model, ModelConfig
 from swiftk.parallel.comm import Comm
 from swiftk.parallel.mesh import Mesh
 from swiftk.trainer.packing import Batch
-from swiftk.trainer.run import run
+from swiftk.trainer.run import Commands, run
 from swiftk.trainer.stop import StopFlag
 
 MODEL = {
@@ -74,7 +74,8 @@ def launch(keys: dict[str, object], comm: Comm | None = None) -> bool:
     try:
         return run(
             *configs, Mesh.single() if comm is None else Mesh.from_comm(comm), stop,
-            arguments=flat, yaml_path=None, resume_command="swiftk.train --resume_from_checkpoint auto",
+            arguments=flat, yaml_path=None,
+            commands=Commands("torchrun -m swiftk.train", "tensorboard", "swiftk.train --resume_from_checkpoint auto"),
         )  # fmt: skip
     finally:
         stop.close()
