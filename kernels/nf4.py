@@ -170,7 +170,7 @@ def _dequantize_out(codes: torch.Tensor, absmax: torch.Tensor, blocksize: int, o
 
 
 def nf4_dequantize_out(w: NF4Tensor, out: torch.Tensor, isa: str = "auto") -> None:
-    """Writes out, bf16 or fp32, shape (..., N, K), any row stride; no checks, no autograd. Outputs of more than 16 MiB go past
+    """Writes out, bf16 or fp32, shape (..., N, K), any row stride; no checks, no autograd. Outputs of more than 4 MiB go past
     the caches."""
     _dequantize_out(w.codes, w.absmax if w.nested is None else w.absmax_fp32(), w.blocksize, out, isa)
 

@@ -150,9 +150,9 @@ def test_a_code_0_block_of_zeros_gives_negative_zeros(isa):
 
 
 def test_every_code_of_many_absmax(isa):
-    """All 256 bytes against 500 absmax, some with subnormal or infinite bf16 products."""
-    absmax = torch.cat([torch.randn(400).abs(), torch.logspace(-44, 38.53, 100, dtype=torch.float64).float()])[:, None]
-    codes = torch.arange(256, dtype=torch.uint8).repeat(500, 1)
+    """All 256 bytes against 200 absmax, some with subnormal or infinite bf16 products."""
+    absmax = torch.cat([torch.randn(100).abs(), torch.logspace(-44, 38.53, 100, dtype=torch.float64).float()])[:, None]
+    codes = torch.arange(256, dtype=torch.uint8).repeat(200, 1)
     for blocksize, columns in ((512, 512), (512, 511)):
         for a in (absmax, absmax.bfloat16()):
             w = NF4Tensor(codes, a, columns, blocksize)
@@ -214,9 +214,9 @@ def test_tails_do_not_read_neighbours(isa):
         assert torch.equal(nf4_dequantize(NF4Tensor(codes[1:-1, 2:-3], w.absmax, K), isa=isa), nf4_dequantize_ref(w))
 
 
-@pytest.mark.parametrize(("N", "K"), [(1152, 4304), (2048, 4096), (2051, 4128)])
+@pytest.mark.parametrize(("N", "K"), [(1152, 4304), (512, 4096), (515, 4128)])
 def test_outputs_of_either_size(N, K, isa):
-    """9.9 MB, exactly 16 MiB, and just above: past the caches, with a tail of 32."""
+    """9.9 MB with rows that no vector divides, exactly 4 MiB, and just above: past the caches, with a tail of 32."""
     codes = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8)
     w = NF4Tensor(codes, torch.rand(N, -(-K // 64)), K)
     assert torch.equal(nf4_dequantize(w, isa=isa), nf4_dequantize_ref(w))
