@@ -21,7 +21,7 @@ WORKERS ?= 2
 .PHONY: train test test-long lint build gpu clean
 
 train: .venv/.train .venv/.built
-	$(PY) -m torch.distributed.run --nproc-per-node 2 -m swiftk.train
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc-per-node 2 -m swiftk.train
 
 test: lint
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "not long and not gpu"
@@ -45,6 +45,7 @@ clean:
 
 # Stamps: each names what it must be newer than, so a second `make` does nothing.
 .venv/.torch:
+	@echo "Installing torch into .venv: 200 MB, gigabytes for an NVIDIA GPU; minutes without a word"
 	$(PYTHON) -m venv .venv
 	@set -e; if [ -n "$(TORCH_INDEX)" ]; then $(PIP) "$(TORCH_SPEC)" --index-url "$(TORCH_INDEX)"; \
 	elif command -v nvidia-smi >/dev/null 2>&1; then $(PIP) "$(TORCH_SPEC)"; \
@@ -54,13 +55,16 @@ clean:
 	@touch $@
 
 .venv/.train: .venv/.torch pyproject.toml setup.py
+	@echo "Installing the trainer's packages and building the kernels: up to three minutes"
 	$(PIP) --no-build-isolation -e ".[train]"
 	@touch $@
 
 .venv/.test: .venv/.train
+	@echo "Installing the packages of the tests: a minute"
 	$(PIP) --no-build-isolation -e ".[test]"
 	@touch $@
 
 .venv/.built: .venv/.train $(NATIVE)
+	@echo "Building the kernels where they have changed: up to two minutes"
 	$(PY) setup.py -q build_ext --inplace
 	@touch $@

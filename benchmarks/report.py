@@ -23,6 +23,7 @@ def _cells(r: dict[str, Any]) -> list[str]:
     return [*what, f"{r['ms']:.3g}", _rate(r), f"{r['percent_of_limit']:.0f} %", f"{100 * r['self_spread']:.0f} %", against]
 
 
+BUSY = 0.2  # self-pair above which a case says nothing about peers
 HEAD = ["op", "case", "dtype", "ms", "rate", "of limit", "self-pair", "peer's time / ours"]
 
 
@@ -31,6 +32,18 @@ def table(records: list[dict[str, Any]]) -> str:
     rows = [HEAD, *map(_cells, records)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def closing(records: list[dict[str, Any]], limits: dict[str, float]) -> str:
+    """Below a table: the limits (bytes/s and FLOP/s), and whether its ratios can be trusted."""
+    shown = (f"{k} {v / 1e9:.1f} {'GB/s' if k == 'bandwidth' else 'GFLOP/s'}" for k, v in limits.items())
+    lines = ["limits measured in this run: " + ", ".join(shown)]
+    if noisy := sum(r["self_spread"] > BUSY for r in records):
+        lines.append(
+            f"careful: in {noisy} of {len(records)} cases the op differs from itself by more than {BUSY:.0%}: "
+            "the machine is busy, and their ratios mean little"
+        )
+    return "\n".join(lines)
 
 
 def markdown(records: list[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 EXIT_CODE = 13  # of a process that ends because another one died
-BEHIND = 2.0  # seconds by which it ends later than that one: torchrun's summary blames the first process that it sees end
+BEHIND = 2.0  # seconds by which it ends later than that one: torchrun's summary blames the first to fail, in whole seconds
 
 
 class Watchdog:
@@ -30,7 +30,7 @@ class Watchdog:
         self.store, self.rank, self.size, self.timeout, self.position = store, rank, size, timeout, position
         self.leave = leave
         self.interval = min(2.0, timeout / 5)
-        self.lock = threading.Lock()
+        self.lock, self.ending = threading.Lock(), threading.Lock()
         self.beat = 0
         self.last: dict[int, tuple[str, float]] = {}  # rank -> (value seen, when it was new)
         self.stopped = threading.Event()
@@ -79,10 +79,11 @@ class Watchdog:
 
     def end(self, reason: str) -> None:
         """Prints and exits: the main thread may hang in a collective that nobody will answer."""
+        self.ending.acquire()  # never released: the thread and a failed collective may both come here, one of them speaks
         message = f"rank {self.rank} stops because {reason}"
         print(f"swiftk: {message}", file=sys.stderr, flush=True)
-        self.leave(message)
         time.sleep(BEHIND)
+        self.leave(message)
         os._exit(EXIT_CODE)
 
     def after_failed_collective(self, error: BaseException) -> str:

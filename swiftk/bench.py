@@ -68,7 +68,7 @@ def run_kernels(options: Options, only: list[str], dtypes: list[str], keep: bool
                 save(f"kernels-{name}", options, {"limits": limits.known(), "records": records})
         everything += records
     print("\n" + report.table(everything))
-    print("limits measured in this run: " + ", ".join(f"{k} {v / 1e9:.1f} G/s" for k, v in limits.known().items()))
+    print(report.closing(everything, limits.known()))
     if plot:
         report.plot(everything, plot)
     return 1 if failed else 0

@@ -48,6 +48,10 @@ def test_wrong_values_are_never_timed():
 
 def test_results_are_compared_and_rendered(tmp_path):
     record = as_json(measure(make(1.0), FixedLimits("cpu"), Options(quick=True)))
+    calm, busy = record | {"self_spread": 0.1}, record | {"self_spread": 0.3}
+    limits = {"bandwidth": 2.5e10, "torch.float32": 1.4e11}
+    assert report.closing([calm], limits) == "limits measured in this run: bandwidth 25.0 GB/s, torch.float32 140.0 GFLOP/s"
+    assert "careful: in 1 of 2 cases the op differs from itself by more than 20%" in report.closing([calm, busy], limits)
     slow = record | {"ms": record["ms"] * 100}
     for name, r in (("a", record), ("b", slow)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"records": [r]}))

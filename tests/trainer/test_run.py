@@ -6,9 +6,11 @@ import json
 import os
 import re
 import resource
+import time
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from swiftk.model import Model
 from swiftk.parallel.comm import run_threads
@@ -253,6 +255,17 @@ def test_a_disk_without_room_is_found_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 20}))
     with pytest.raises(checkpoint.CheckpointError, match=r"has 0.00 GiB free, a checkpoint takes 0.02 GiB; make room"):
         toy.launch(toy.arguments(tmp_path))
+
+
+def test_the_launcher_is_told_why(tmp_path, monkeypatch, capsys):
+    """The message in torchrun's summary, and the time of the failure, by which it finds the root cause; by its own reader."""
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    assert main(["--model", "m", "--dataset", "d", "--learning_rte", "1"]) == 2
+    main(["--model", "m", "--dataset", "d", "--seeed", "1"])  # the first reason stands
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
+    assert abs(failure.timestamp - time.time()) < 60
+    assert "traceback : command line: unknown key 'learning_rte'" in str(ChildFailedError("train", {0: failure}))
 
 
 def test_bad_arguments_exit_with_2_and_bad_data_with_1(tmp_path, capsys):
