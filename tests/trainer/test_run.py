@@ -191,6 +191,7 @@ def test_a_non_finite_loss_stops_with_step_checkpoint_and_rows(tmp_path):
         torch.optim.AdamW.step = original
     (run_dir,) = (tmp_path / "out").glob("v0-*")
     assert f"the last good checkpoint is {run_dir}/checkpoint-2" in str(caught.value)
+    assert str(caught.value).endswith("Try a lower learning_rate")  # it computes in float32 already
     rows = [json.loads(line) for line in (run_dir / "non-finite-step-4-rank-0.jsonl").read_text().splitlines()]
     assert rows and any(not row["finite"] for row in rows)
     assert all(row["source"].startswith("rows.jsonl line") and "<|im_start|>" in row["text"] for row in rows)
@@ -278,5 +279,8 @@ def test_bad_arguments_exit_with_2_and_bad_data_with_1(tmp_path, capsys):
     assert "without model" in capsys.readouterr().err
     assert main(toy.argv(toy.arguments(tmp_path, dataset=(str(tmp_path / "rowz.jsonl"),), peak_tflops=1))) == 1
     assert "rows.jsonl" in capsys.readouterr().err
+    (tmp_path / "mine.yaml").write_text("model_config: {model_type: gpt9}\ntokenizer: train\n")
+    assert main([str(tmp_path / "mine.yaml"), "--dataset", "d", "--output_dir", str(tmp_path / "out")]) == 1
+    assert f"(model_config of {tmp_path}/mine.yaml)" in capsys.readouterr().err
     assert main(["--help"]) == 0
     assert "--learning_rate" in capsys.readouterr().out
