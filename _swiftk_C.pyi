@@ -10,8 +10,13 @@ def adamw_8bit(
     first2: int, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
 def linear_fwd(
-    dtype: int, acc_out: bool, x: int, ldx: int, w: int, ldw: int, bias: int, y: int, ldy: int, M: int, N: int, K: int,
-    threads: int, isa: str,
+    dtype: int, acc_out: bool, x: tuple[int, int], w: tuple[int, int], s: tuple[int, int], t: tuple[int, int], scale: int,
+    bias: int, y: tuple[int, int], M: int, N: int, K: int, J: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def nf4_linear_fwd(
+    dtype: int, acc_out: bool, x: tuple[int, int], codes: tuple[int, int], absmax: tuple[int, int], wide_absmax: bool,
+    blocksize: int, s: tuple[int, int], t: tuple[int, int], scale: int, bias: int, y: tuple[int, int], M: int, N: int,
+    K: int, J: int, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
 def dropout_fwd(
     dtype: int, x: int, ldx: int, y: int, ldy: int, rows: int, cols: int, scale: float, threshold: int, seed_step: int,

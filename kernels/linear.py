@@ -1,5 +1,8 @@
 """Linear: y = x W^T + b, and row m of y is a function of x[m], W and b alone.
 
+The launcher computes more, for the ops built on it: y = scale (x W^T + s t^T) + b with a tail (s, t), the second segment of the
+sum over K (LoRA's low-rank product), and a factor per column (DoRA's).
+
 The order of every sum over K, per instruction set (csrc/cpu/linear.inc, `Dot` in csrc/cpu/vec.h). An accumulator has
 `width` lanes: fp32 16 / 8 / 8, fp64 8 / 4 / 4 for avx512 / avx2 / portable.
 
@@ -7,14 +10,17 @@ The order of every sum over K, per instruction set (csrc/cpu/linear.inc, `Dot` i
   roundings);
 - bf16, avx2 and portable: fp32 lanes; lane l adds k = 2l, then 2l + 1, then 2 width + 2l, 2 width + 2l + 1, ...;
 - bf16, avx512: vdpbf16ps on the same pairs, in the instruction's own order; it treats subnormal inputs and results as 0;
-- the lanes are added by one tree (l and l + width/2 first), then the bias in the accumulate dtype, then one rounding.
+- the tail goes on in the same lanes: to the order above it is more elements, after K was filled up with zeros to a whole
+  step (fp32, fp64: width; bf16: 2 width), so a tail of zeros changes nothing;
+- the lanes are added by one tree (l and l + width/2 first), times the column's scale, plus the bias, each rounded in the
+  accumulate dtype, then one rounding.
 
 K is not split into blocks that are summed apart: accumulators that leave the registers keep their lanes. M, N, strides,
 cache blocks and the thread count choose only which sums stand next to each other, so M = 1 equals M = 4096 bit for bit.
 
 Bytes at M = 1: N K elements of W read once. FLOPs: 2 M N K forward, twice that backward.
 Backward: dx = dy W, dW = dy^T x, db = sum of dy over rows, by torch.matmul, whose order is the vendor's; see `_matmul`.
-Not supported: fp16, quantised weights, an activation in the epilogue, a CUDA kernel (not there yet).
+Not supported: fp16, an activation in the epilogue, a CUDA kernel (not there yet). An NF4 weight: kernels/nf4_linear.py.
 """
 
 from __future__ import annotations
@@ -29,32 +35,58 @@ from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kerne
 # --- reference ---------------------------------------------------------------------------------------------------
 
 
-def linear_ref(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The formula in at least fp32, rounded once. x (..., K), weight (N, K), bias (N,) -> (..., N)."""
+def linear_ref(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *,
+    tail: tuple[torch.Tensor, torch.Tensor] | None = None, scale: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The formula in at least fp32, rounded once: x (..., K), weight (N, K), bias and scale (N,), tail ((..., R), (N, R))."""
     acc = acc_dtype(x.dtype)
     y = torch.matmul(x.to(acc), weight.to(acc).t())
+    if tail is not None:
+        y = y + torch.matmul(tail[0].to(acc), tail[1].to(acc).t())
+    if scale is not None:
+        y = y * scale.to(acc)
     return (y if bias is None else y + bias.to(acc)).to(x.dtype)
 
 
 # --- launchers ---------------------------------------------------------------------------------------------------
 
 
-def linear_out(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, isa: str = "auto") -> None:
-    """Writes y; no checks, no autograd. The decoder and the loss call this.
+def linear_out(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, isa: str = "auto", *,
+    tail: tuple[torch.Tensor, torch.Tensor] | None = None, scale: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes y = scale (x W^T + s t^T) + bias; no checks, no autograd. The decoder, the loss and lora_linear call this.
 
-    x (M, K), weight (N, K), y (M, N): any row stride, last dimension contiguous (a range of rows of the weight is a range
-    of columns of y); bias (N,) contiguous. y has x's dtype or the accumulate dtype (bf16 x and fp32 y: unrounded logits).
+    x (M, K), weight (N, K), tail (s (M, R), t (N, R)), y (M, N): any row stride, last dimension contiguous (a range of rows of
+    the weight is a range of columns of y); bias (N,) and scale (N,) contiguous. y has x's dtype or the accumulate dtype (bf16 x
+    and fp32 y: unrounded logits), scale the accumulate dtype, everything else x's.
     """
-    M, K = x.shape
+    s, t, R = tail_args(tail)
     native().linear_fwd(
-        DTYPE_CODES[x.dtype], y.dtype == acc_dtype(x.dtype), x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0),
-        0 if bias is None else bias.data_ptr(), y.data_ptr(), y.stride(0), M, weight.shape[0], K, threads(), isa,
+        DTYPE_CODES[x.dtype], y.dtype == acc_dtype(x.dtype), row_args(x), row_args(weight), s, t,
+        0 if scale is None else scale.data_ptr(), 0 if bias is None else bias.data_ptr(), row_args(y), x.shape[0],
+        weight.shape[0], x.shape[1], R, threads(), isa,
     )  # fmt: skip
 
 
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """A 2-D tensor with contiguous rows, copied only where its last dimension is strided."""
+def row_args(t: torch.Tensor) -> tuple[int, int]:
+    """A 2-D tensor with contiguous rows as the native calls take it: address, row stride."""
+    return t.data_ptr(), t.stride(0)
+
+
+def tail_args(tail: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[tuple[int, int], tuple[int, int], int]:
+    return ((0, 0), (0, 0), 0) if tail is None else (row_args(tail[0]), row_args(tail[1]), tail[0].shape[1])
+
+
+def with_rows(t: torch.Tensor) -> torch.Tensor:
+    """The tensor with contiguous rows, copied only where its last dimension is strided."""
     return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+
+
+def as_matrix(x: torch.Tensor) -> torch.Tensor:
+    """(..., K) as (M, K) with contiguous rows; -1 would be ambiguous where a size is 0."""
+    return with_rows(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
 
 
 # --- operator ----------------------------------------------------------------------------------------------------
@@ -64,9 +96,9 @@ torch.library.define("swiftk::linear_fwd", "(Tensor x, Tensor weight, Tensor? bi
 
 @torch.library.register_kernel("swiftk::linear_fwd", "cpu")
 def _linear_fwd_cpu(x, weight, bias, isa):
-    x2 = _rows(x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1]))
+    x2 = as_matrix(x)
     y = x.new_empty(x2.shape[0], weight.shape[0])
-    linear_out(x2, _rows(weight), None if bias is None else bias.contiguous(), y, isa)
+    linear_out(x2, with_rows(weight), None if bias is None else bias.contiguous(), y, isa)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -83,15 +115,20 @@ def _linear_fwd_fake(x, weight, bias, isa):
 # --- autograd ----------------------------------------------------------------------------------------------------
 
 
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b, accumulated in at least fp32 and rounded once.
+def matmul_dtype(t: torch.Tensor) -> torch.dtype:
+    """What torch multiplies matrices like t in: t's dtype, but fp32 for bf16 on a CPU without bf16 instructions.
 
-    Without bf16 instructions torch's bf16 product is converted to fp32 here. Zen 3, 2 threads, M 512, N 1024, K 1024:
-    dx 3321 ms as bf16, 80 ms through fp32; dW 118 and 40 ms; at M 2048, N 3072 dx takes 69 s and 0.6 s.
+    Zen 3, 2 threads, M 512, N 1024, K 1024: dx 3321 ms as bf16, 80 ms through fp32; dW 118 and 40 ms; at M 2048, N 3072 dx
+    takes 69 s and 0.6 s.
     """
-    if a.dtype == torch.bfloat16 and a.device.type == "cpu" and native().best_isa() != "avx512":
-        return (a.float() @ b.float()).to(a.dtype)
-    return a @ b
+    emulated = t.dtype == torch.bfloat16 and t.device.type == "cpu" and native().best_isa() != "avx512"
+    return torch.float32 if emulated else t.dtype
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, accumulated in at least fp32 and rounded once."""
+    operand = matmul_dtype(a)
+    return a @ b if operand == a.dtype else (a.to(operand) @ b.to(operand)).to(a.dtype)
 
 
 def _setup_context(ctx, inputs, output):

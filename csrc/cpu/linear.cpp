@@ -1,3 +1,5 @@
+#include "cpu/linear.h"
+
 #include <cstdlib>
 #include <new>
 #include <type_traits>
@@ -12,18 +14,12 @@ namespace swiftk {
 void bind_linear(py::module_& m) {
   m.def(
       "linear_fwd",
-      [](int dtype, bool acc_out, uintptr_t x, int64_t ldx, uintptr_t w, int64_t ldw, uintptr_t bias, uintptr_t y, int64_t ldy,
-         int64_t M, int64_t N, int64_t K, int threads, const std::string& isa) {
+      [](int dtype, bool acc_out, const Rows& x, const Rows& w, const Rows& s, const Rows& t, uintptr_t scale, uintptr_t bias,
+         const Rows& y, int64_t M, int64_t N, int64_t K, int64_t J, int threads, const std::string& isa) {
         const Isa path = resolve_isa(isa);
-        dispatch_dtype(dtype, [&](auto t) {
-          using T = decltype(t);
-          auto run = [&](auto o) {
-            using O = decltype(o);
-            SWIFTK_DISPATCH(path, linear_fwd(pointer<const T>(x), ldx, pointer<const T>(w), ldw, pointer<const T>(bias), pointer<O>(y), ldy, M, N, K,
-                                             threads));
-          };
-          if (acc_out) run(acc_t<T>{});
-          else run(T{});
+        with_linear_call(dtype, acc_out, x, s, t, scale, bias, y, M, N, K, J, threads, [&](const auto& call) {
+          decltype(call.x) weight{reinterpret_cast<decltype(call.x.data)>(std::get<0>(w)), std::get<1>(w)};
+          SWIFTK_DISPATCH(path, linear_fwd(call, weight));
         });
       },
       py::call_guard<py::gil_scoped_release>());

@@ -358,6 +358,11 @@ template <class T> struct Dot {  // float, double: lane l takes elements l, l + 
   static constexpr int parts = 1, step = Vec<T>::width;
   static void load(const T* p, Vec<T> (&x)[1]) { x[0] = Vec<T>::load(p); }
   static void load_n(const T* p, int n, Vec<T> (&x)[1]) { x[0] = Vec<T>::load_n(p, n); }
+  static void load(const bf16* p, Vec<T> (&x)[1]) {
+    T wide[step];
+    for (int i = 0; i < step; ++i) wide[i] = T(float(p[i]));
+    x[0] = Vec<T>::load(wide);
+  }
 };
 
 #if SWIFTK_ISA == 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from swiftk.kernels._native import acc_dtype
 from swiftk.kernels.linear import linear, linear_out, linear_ref
 from swiftk.testing.accuracy import assert_accurate
 
@@ -20,11 +21,14 @@ def make(M, N, K, dtype):
     return x, w, b
 
 
-def long_double(x, w, b=None):
+def long_double(x, w, b=None, tail=None, scale=None):
     """y in extended precision, rounded to fp64: an oracle for fp64 too."""
-    xl, wl = (t.detach().double().numpy().astype(np.longdouble) for t in (x, w))
-    y = (xl[:, None, :] * wl[None]).sum(-1)
-    return torch.from_numpy((y if b is None else y + b.detach().double().numpy()).astype(np.float64))
+    if tail is not None:
+        x, w = (torch.cat(pair, 1) for pair in zip((x, w), tail, strict=True))
+    x, w, b, scale = (None if t is None else t.detach().double().numpy().astype(np.longdouble) for t in (x, w, b, scale))
+    y = (x[:, None, :] * w[None]).sum(-1)
+    y = y if scale is None else y * scale
+    return torch.from_numpy((y if b is None else y + b).astype(np.float64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,6 +94,69 @@ def test_fp32_logits_of_bf16_inputs_are_not_rounded(isa):
     linear_out(x, w, None, logits, isa)
     exact = x.double() @ w.double().t()
     assert_accurate(logits, x.float() @ w.float().t(), exact)
+
+
+def make_tail(M, N, R, dtype):
+    s, t = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in ((M, R), (N, R)))
+    return (s, t), torch.randn(N, dtype=acc_dtype(dtype))
+
+
+def out(x, w, b, isa, **epilogue):
+    y = torch.full((x.shape[0], w.shape[0]), float("nan"), dtype=x.dtype)
+    linear_out(x, w, b, y, isa, **epilogue)
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("R", [1, 16, 300])
+@pytest.mark.parametrize("shape", [(1, 5, 33), (3, 37, 0), (17, 33, 1100), (90, 40, 64)])
+def test_tail_and_scale_values(shape, R, dtype, isa):
+    (x, w, b), (tail, scale) = make(*shape, dtype), make_tail(*shape[:2], R, dtype)
+    for name, epilogue in (("tail", {"tail": tail}), ("scale", {"scale": scale}), ("both", {"tail": tail, "scale": scale})):
+        for bias in (None, b):
+            exact = long_double(x, w, bias, **epilogue)
+            assert_accurate(out(x, w, bias, isa, **epilogue), linear_ref(x, w, bias, **epilogue), exact, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("K", "R"), [(64, 16), (37, 5), (1024, 32), (1000, 700), (2100, 16)])
+def test_the_tail_goes_on_where_k_ends(K, R, dtype, isa):
+    """Equal to one product over K, zeros up to a whole step, and the tail; a tail of zeros is no tail."""
+    (x, w, b), (tail, scale) = make(40, 37, K, dtype), make_tail(40, 37, R, dtype)
+    pad = torch.nn.functional.pad
+    for M in (1, 2, 16, 17, 40):
+        joined = [torch.cat((pad(a[: len(a) if a is w else M], (0, -K % 32)), t[: len(t) if a is w else M]), 1)
+                  for a, t in zip((x, w), tail, strict=True)]  # fmt: skip
+        now = tail[0][:M], tail[1]
+        assert torch.equal(out(x[:M], w, b, isa, tail=now), linear(*joined, b, isa=isa)), M
+        zeros = torch.zeros_like(now[0]), tail[1]
+        assert torch.equal(out(x[:M], w, b, isa, tail=zeros, scale=scale), out(x[:M], w, b, isa, scale=scale)), M
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_with_tail_and_scale_a_row_depends_on_that_row_alone(dtype, isa, thread_count):
+    (x, w, b), (tail, scale) = make(140, 70, 333, dtype), make_tail(140, 70, 24, dtype)
+    whole = thread_count(2, lambda: out(x, w, b, isa, tail=tail, scale=scale))
+    assert torch.equal(whole, thread_count(1, lambda: out(x, w, b, isa, tail=tail, scale=scale)))
+    for M in (*range(1, 20), 40):
+        rows = slice(3 * M % 100, 3 * M % 100 + M)
+        assert torch.equal(out(x[rows], w, b, isa, tail=(tail[0][rows], tail[1]), scale=scale), whole[rows]), M
+    for columns in (slice(0, 1), slice(7, 12), slice(13, 70)):
+        part = out(x, w[columns], b[columns], isa, tail=(tail[0], tail[1][columns]), scale=scale[columns].clone())
+        assert torch.equal(part, whole[:, columns])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_tails(dtype, isa):
+    (x, w, b), (tail, scale) = make(19, 21, 40, dtype), make_tail(19, 21, 7, dtype)
+    framed = []
+    for t in tail:
+        frame = torch.full((t.shape[0] + 2, 16), float("nan"), dtype=dtype)
+        frame[1:-1, 5:12] = t
+        framed.append(frame[1:-1, 5:12])
+    for M in (3, 19):
+        want = out(x[:M], w, b, isa, tail=(tail[0][:M], tail[1]), scale=scale)
+        assert torch.equal(out(x[:M], w, b, isa, tail=(framed[0][:M], framed[1]), scale=scale), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
