@@ -15,6 +15,8 @@ Backward, dy' = g dy, all sums in at least fp32:
 FLOPs beside the 4 M N K of a frozen linear: 4 M r (N + K) forward and twice that backward. Bytes beside it: x is read once more
 forward; x and dy once (dm: y too), dx read and written once backward. Saved: x, S (M r), y for DoRA's dm.
 
+An NF4 base is `nf4_linear` (forward) and slices of dequantised columns (dx): the same numbers as its dequantised weight.
+
 Unlike peft: dropout is drawn per adapted linear (peft too) and from (seed, step, layer, token, column) (peft: the global
 generator); DoRA with dropout keeps x in the base product, where peft drops x there too (a second dense GEMM): equal to peft
 at p = 0 and in evaluation. A row of W + s B A that is zero gives 0 and dm = 0 (peft: NaN).
@@ -32,9 +34,12 @@ import torch
 from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
 from swiftk.kernels.dropout import Dropout, check_dropout, dropout_out, dropout_ref
-from swiftk.kernels.linear import linear_out
+from swiftk.kernels.linear import as_matrix, linear_out, matmul_dtype, with_rows
+from swiftk.kernels.nf4 import NF4Tensor, check_nf4, nf4_dequantize, nf4_dequantize_ref
+from swiftk.kernels.nf4_linear import matmul_weight, nf4_linear_out
 
 ALIGN = 32  # columns of one of several adapters: a multiple of every Dot<T>::step, so lanes do not depend on the others
+NORM_ROWS = 1024  # rows of an NF4 weight that row_norm_sq dequantises at a time
 MASK_BYTES = 1 << 20  # rows of x that are masked at a time, so that the copy stays in the L2 cache
 
 
@@ -53,21 +58,38 @@ def lora_scale(alpha: float, r: int, rslora: bool = False) -> float:
     return alpha / (math.sqrt(r) if rslora else r)
 
 
-def row_norm_sq(weight: torch.Tensor) -> torch.Tensor:
-    """||W_n||^2 in the accumulate dtype, (N,)."""
-    return torch.linalg.vector_norm(weight, dim=1, dtype=acc_dtype(weight.dtype)).square()
+def row_norm_sq(weight: torch.Tensor | NF4Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """||W_n||^2, (N,), in dtype: the accumulate dtype of a plain weight where None, fp32 of an NF4 one."""
+    if not isinstance(weight, NF4Tensor):
+        return torch.linalg.vector_norm(weight, dim=1, dtype=dtype or acc_dtype(weight.dtype)).square()
+    weight, norms = _plain_absmax(weight), torch.empty(len(weight.codes), dtype=dtype or torch.float32)
+    for n in range(0, len(norms), NORM_ROWS):
+        rows = nf4_dequantize(_take(weight, slice(n, n + NORM_ROWS)))
+        norms[n : n + NORM_ROWS] = torch.linalg.vector_norm(rows, dim=1, dtype=norms.dtype).square()
+    return norms
+
+
+def _plain_absmax(w: NF4Tensor) -> NF4Tensor:
+    return w if w.nested is None else w._replace(absmax=w.absmax_fp32(), nested=None)
+
+
+def _take(weight, rows: slice | torch.Tensor):
+    """Rows of a weight; NF4 not nested."""
+    if isinstance(weight, NF4Tensor):
+        return weight._replace(codes=weight.codes[rows], absmax=weight.absmax[rows])
+    return weight[rows]
 
 
 # --- reference ---------------------------------------------------------------------------------------------------
 
 
 def lora_linear_ref(
-    x: torch.Tensor, weight: torch.Tensor, adapter: Adapter, bias: torch.Tensor | None = None, *,
+    x: torch.Tensor, weight: torch.Tensor | NF4Tensor, adapter: Adapter, bias: torch.Tensor | None = None, *,
     dropout: Dropout | None = None, segment_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The formula in at least fp32, rounded once; a and b are those of x's dtype. x (..., K) -> (..., N)."""
     acc = acc_dtype(x.dtype)
-    xf, w = x.to(acc), weight.to(acc)
+    xf, w = x.to(acc), (nf4_dequantize_ref(weight) if isinstance(weight, NF4Tensor) else weight).to(acc)
     a, b = (t.to(x.dtype).to(acc) for t in (adapter.a, adapter.b))
     a, b = (t if t.dim() == 3 else t[None] for t in (a, b))
     scales = _scales(adapter, len(a))
@@ -126,18 +148,9 @@ def _column_dot(p: torch.Tensor, q: torch.Tensor, isa: str) -> torch.Tensor:
 
 
 def _product(x, weight, bias, y, isa, tail=None, scale=None) -> None:
-    """y = scale (x W^T + s b^T) + bias with tail = (s, b)."""
-    out = x.new_empty(y.shape, dtype=acc_dtype(x.dtype))
-    linear_out(x, weight, None, out, isa)
-    if tail is not None:
-        delta = torch.empty_like(out)
-        linear_out(tail[0], tail[1], None, delta, isa)
-        out += delta
-    if scale is not None:
-        out *= scale
-    if bias is not None:
-        out += bias
-    y.copy_(out)
+    """linear_out or nf4_linear_out: y = scale (x W^T + s t^T) + bias with tail = (s, t)."""
+    out = nf4_linear_out if isinstance(weight, NF4Tensor) else linear_out
+    out(x, weight, bias, y, isa, tail=tail, scale=scale)
 
 
 # --- operator ----------------------------------------------------------------------------------------------------
@@ -159,10 +172,14 @@ torch.library.define(
 )
 
 
-def _rows(t: torch.Tensor) -> torch.Tensor:
-    """(..., C) as (M, C) with contiguous rows, copied only where it must be."""
-    t = t.reshape(math.prod(t.shape[:-1]), t.shape[-1])  # not -1, which is ambiguous where a size is 0
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
+def _weights(weights, absmax, blocksizes, in_features: int) -> list[torch.Tensor | NF4Tensor]:
+    """What the operator's lists stand for; blocksize 0 is a plain weight."""
+    plain = [with_rows(w) for w in weights]
+    scales = absmax or [None] * len(plain)
+    return [
+        NF4Tensor(w, with_rows(scale), in_features, size) if size else w
+        for w, scale, size in zip(plain, scales, blocksizes, strict=True)
+    ]
 
 
 def _columns(a: torch.Tensor) -> int:
@@ -208,8 +225,8 @@ def _row_norm(weight, a, b, s, norm_sq, isa):
     wa, aa, baa = (a.new_empty(size, dtype=acc) for size in ((len(a), len(b)), (len(a), len(a)), b.shape))
     bs = b.to(acc) * s
     _product(a, weight, None, wa, isa)  # (r, N)
-    linear_out(a, a, None, aa, isa)
-    linear_out(bs, aa, None, baa, isa)  # A A^T is symmetric
+    _product(a, a, None, aa, isa)
+    _product(bs, aa, None, baa, isa)  # A A^T is symmetric
     return (norm_sq + (bs * (2 * wa.t() + baa)).sum(1)).clamp_(min=0).sqrt_()
 
 
@@ -233,7 +250,7 @@ def _lora_linear_fwd_cpu(
     segment_ids, isa,
 ):  # fmt: skip
     _check_values(a, b, segment_ids)
-    acc, x2 = acc_dtype(x.dtype), _rows(x)
+    acc, x2 = acc_dtype(x.dtype), as_matrix(x)
     M, K = x2.shape
     columns, per_linear = zip(*_groups(a, scales), strict=True)
     flat = [_flat(*abs_, x.dtype) for abs_ in zip(a, b, per_linear, strict=True)]
@@ -254,11 +271,11 @@ def _lora_linear_fwd_cpu(
                     dropout_out(rows, mask.threshold, seed_step, mask.layer, token_index[m : m + step], source, isa=isa)
                 _product(source, A, None, s[m : m + step, cols], isa, scale=factor)
     ys, unbiased, norms = [], [], []
-    for i, (weight, (A, B, scale)) in enumerate(zip(weights, flat, strict=True)):
+    for i, (weight, (A, B, scale)) in enumerate(zip(_weights(weights, absmax, blocksizes, K), flat, strict=True)):
         if a[i].dim() == 3:
             _keep_own(s[:, columns[i]], segment_ids, a[i].shape[0])
         bias = biases[i].contiguous() if biases and len(biases[i]) else None
-        y, gain, weight = x.new_empty(M, len(B)), None, _rows(weight)
+        y, gain = x.new_empty(M, len(B)), None
         if magnitudes:
             norms.append(_row_norm(weight, A, B, scale, norms_sq[i], isa))
             gain = _gain(magnitudes[i], norms[-1])
@@ -290,19 +307,21 @@ def _dm(dy, unbiased, magnitude, norm, x, weight, s, b, isa):
     zero = ((magnitude == 0) & (norm > 0)).nonzero()[:, 0]
     if len(zero):
         u = dy.new_empty(len(dy), len(zero))
-        _product(x, weight[zero], None, u, isa, tail=(s, b[zero]))
+        _product(x, _take(weight, zero), None, u, isa, tail=(s, b[zero]))
         dm[zero] = _column_dot(dy[:, zero], u, isa) / norm[zero]
     return dm.to(magnitude.dtype)
 
 
-def _dense_dx(dys, weights, gains, dtype):
-    """Sum over the linears of g dy W; in fp32 where torch's bf16 products are slow (the times are in linear.py, `_matmul`)."""
-    wide = torch.float32 if dtype == torch.bfloat16 and native().best_isa() != "avx512" else dtype
-    dx = None
+def _dense_dx(dys, weights, gains):
+    """Sum over the linears of g dy W, in the dtype that torch multiplies in (linear.py, `matmul_dtype`)."""
+    dx, dtype = None, matmul_dtype(dys[0])
     for dy, weight, gain in zip(dys, weights, gains, strict=True):
-        d = dy.to(wide) if gain is None else torch.mul(dy, gain, out=dy.new_empty(dy.shape, dtype=wide))
-        w = _rows(weight).to(wide)
-        dx = d @ w if dx is None else dx.addmm_(d, w)
+        d = dy.to(dtype) if gain is None else torch.mul(dy, gain, out=dy.new_empty(dy.shape, dtype=dtype))
+        if isinstance(weight, NF4Tensor):
+            part = matmul_weight(d, weight)
+            dx = part if dx is None else dx.add_(part)
+        else:
+            dx = d @ weight.to(dtype) if dx is None else dx.addmm_(d, weight.to(dtype))
     return dx
 
 
@@ -312,8 +331,9 @@ def _lora_linear_bwd_cpu(
     token_index, segment_ids, needs_dx, needs_adapters, isa,
 ):  # fmt: skip
     dtype, acc = dy[0].dtype, acc_dtype(dy[0].dtype)
-    dys = [_rows(d) for d in dy]
+    dys = [as_matrix(d) for d in dy]
     M, K = len(dys[0]), a[0].shape[-1]
+    weights = _weights(weights, absmax, blocksizes, K)
     columns, per_linear = zip(*_groups(a, scales), strict=True)
     flat = [_flat(*abs_, dtype) for abs_ in zip(a, b, per_linear, strict=True)]
     masks = [_Mask(t, seed_step, layer, token_index) for t, layer in zip(thresholds, layers, strict=True)]
@@ -326,15 +346,13 @@ def _lora_linear_bwd_cpu(
         if a[i].dim() == 3:
             _keep_own(ds[:, columns[i]], segment_ids, a[i].shape[0])
         if needs_adapters:
-            grad = dys[i].new_empty(bt.shape, dtype=acc)  # dB^T
-            _rank_gram(s[:, columns[i]].to(acc), dys[i], _Mask(0, None, 0, None), grad, isa)
+            own, grad = s[:, columns[i]], dys[i].new_empty(bt.shape, dtype=acc)  # S, dB^T
+            _rank_gram(own.to(acc), dys[i], _Mask(0, None, 0, None), grad, isa)
             db.append(_unflat(grad if gain is None else grad * gain, b[i], True))
             if gain is not None:
-                dm.append(
-                    _dm(dys[i], _rows(unbiased[i]), magnitudes[i], norms[i], _rows(x), weights[i], s[:, columns[i]], B, isa)
-                )
+                dm.append(_dm(dys[i], as_matrix(unbiased[i]), magnitudes[i], norms[i], as_matrix(x), weights[i], own, B, isa))
     if needs_adapters:
-        x2 = _rows(x)
+        x2 = as_matrix(x)
         if any(thresholds):
             for i, mask in enumerate(masks):
                 grad = ds.new_empty(columns[i].stop - columns[i].start, K)
@@ -346,7 +364,7 @@ def _lora_linear_bwd_cpu(
             da = [_unflat(grad[cols], t, False) for cols, t in zip(columns, a, strict=True)]
     dx = None
     if needs_dx:
-        dx = _dense_dx(dys, weights, gains, dtype)
+        dx = _dense_dx(dys, weights, gains)
         if any(thresholds):
             for (A, _, _), cols, mask in zip(flat, columns, masks, strict=True):
                 _rank_update(ds[:, cols], A.to(acc), dx, mask, isa)
@@ -426,7 +444,7 @@ def _backward(ctx, grads):
         seed_step, token_index, segment_ids, needs_dx, ctx.needs_adapters, ctx.isa,
     )  # fmt: skip
     da, db, dm = (rest[:n], rest[n : 2 * n], rest[2 * n :]) if ctx.needs_adapters else ([None] * n, [None] * n, [None] * dora)
-    dbias = [_rows(dys[i]).sum(0, dtype=acc).to(dys[i].dtype) if need else None for i, need in enumerate(needs_bias)]
+    dbias = [as_matrix(dys[i]).sum(0, dtype=acc).to(dys[i].dtype) if need else None for i, need in enumerate(needs_bias)]
     return (
         dx.view(*shape, a[0].shape[-1]) if needs_dx else None, [None] * n, [None] * absmax_n, None, dbias, da, db, None, dm,
         [None] * norms_sq_n, None, None, None, None, None, None,
@@ -445,16 +463,22 @@ def _scales(adapter: Adapter, adapters: int) -> list[float]:
 
 
 def _check(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
-    check_floating(op, x=x, weight=weight, **({} if bias is None else {"bias": bias}))
-    if weight.dim() != 2:
+    nf4 = isinstance(weight, NF4Tensor)
+    check_floating(op, x=x, **({} if nf4 else {"weight": weight}), **({} if bias is None else {"bias": bias}))
+    if nf4:
+        check_nf4(op, weight)
+        if weight.device != x.device:
+            raise ValueError(f"{op}: weight has device {weight.device}, wants {x.device} like x")
+    if len(weight.shape) != 2:
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, wants (N, K)")
-    if weight.requires_grad and torch.is_grad_enabled():
+    if not nf4 and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{op}: weight requires a gradient, but the base is frozen here; call weight.requires_grad_(False), "
             "or train it whole with swiftk.kernels.linear.linear"
         )
     N, K = weight.shape
-    check_shape(op, "weight", weight, (N, x.shape[-1]), f"x {tuple(x.shape)}")
+    if x.shape[-1] != K:
+        raise ValueError(f"{op}: weight has shape {(N, K)}, x {tuple(x.shape)} needs {(N, x.shape[-1])}")
     if bias is not None:
         check_shape(op, "bias", bias, (N,), f"weight {tuple(weight.shape)}")
     a, b, _, magnitude, norm_sq = adapter
@@ -483,7 +507,8 @@ def _check(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
         check_shape(op, "adapter.magnitude", magnitude, (N,), f"weight {tuple(weight.shape)}")
         if norm_sq is None or norm_sq.dtype != acc:
             have = "None" if norm_sq is None else norm_sq.dtype
-            raise ValueError(f"{op}: adapter.weight_norm_sq has {have}, wants {acc}: row_norm_sq(weight), once per base weight")
+            call = "row_norm_sq(weight, torch.float64)" if nf4 and acc == torch.float64 else "row_norm_sq(weight)"
+            raise ValueError(f"{op}: adapter.weight_norm_sq has {have}, wants {acc}: {call}, once per base weight")
         check_shape(op, "adapter.weight_norm_sq", norm_sq, (N,), f"weight {tuple(weight.shape)}")
     if dropout is not None:
         check_dropout(op, dropout, x)
@@ -504,22 +529,27 @@ def _apply(op, x, weights, adapters, biases, dropouts, segment_ids, isa) -> list
         raise ValueError(f"{op}: {len(dora)} of {len(adapters)} adapters have a magnitude, wants all or none")
     given = [x.new_empty(0) if t is None else t for t in biases] if any(t is not None for t in biases) else []
     scales = [s for t in adapters for s in _scales(t, 1 if t.a.dim() == 2 else t.a.shape[0])]
+    bases = [_plain_absmax(w) if isinstance(w, NF4Tensor) else w for w in weights]
+    packed = [isinstance(w, NF4Tensor) for w in bases]
+    absmax = [w.absmax if nf4 else x.new_empty(0) for w, nf4 in zip(bases, packed, strict=True)] if any(packed) else []
     return torch.ops.swiftk.lora_linear_fwd(
-        x, list(weights), [], [0] * len(weights), given, [t.a for t in adapters], [t.b for t in adapters], scales, dora, norms,
+        x, [w.codes if nf4 else w for w, nf4 in zip(bases, packed, strict=True)], absmax,
+        [w.blocksize if nf4 else 0 for w, nf4 in zip(bases, packed, strict=True)], given,
+        [t.a for t in adapters], [t.b for t in adapters], scales, dora, norms,
         [0 if d is None else d.threshold for d in dropouts], [0 if d is None else d.layer for d in dropouts],
         drawn[0].seed_step if drawn else None, drawn[0].token_index if drawn else None, segment_ids, isa,
     )  # fmt: skip
 
 
 def lora_linear(
-    x: torch.Tensor, weight: torch.Tensor, adapter: Adapter, bias: torch.Tensor | None = None, *,
+    x: torch.Tensor, weight: torch.Tensor | NF4Tensor, adapter: Adapter, bias: torch.Tensor | None = None, *,
     dropout: Dropout | None = None, segment_ids: torch.Tensor | None = None, isa: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
     """y = g (x W^T + s drop(x) A^T B^T) + bias, differentiable in x, a, b, magnitude and bias; a row depends on itself alone.
 
     Args:
         x: (..., K), bf16, fp32 or fp64, any strides; zero rows are allowed.
-        weight: (N, K), dtype and device of x; frozen.
+        weight: (N, K), dtype and device of x, or an NF4Tensor (its values are bf16 whatever the dtype of x); frozen.
         adapter: a, b, scale; for DoRA also magnitude and weight_norm_sq.
         bias: (N,), dtype and device of x, or None.
         dropout: of A's input in training; None in evaluation.
@@ -534,7 +564,7 @@ def lora_linear(
 
 
 def lora_linear_group(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], adapters: Sequence[Adapter],
+    x: torch.Tensor, weights: Sequence[torch.Tensor | NF4Tensor], adapters: Sequence[Adapter],
     biases: Sequence[torch.Tensor | None] | None = None, *, dropouts: Sequence[Dropout | None] | None = None,
     segment_ids: torch.Tensor | None = None, isa: str = "auto",
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip

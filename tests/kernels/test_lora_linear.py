@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from swiftk.kernels.dropout import Dropout
+from swiftk.kernels.dropout import Dropout, keep_ref
 from swiftk.kernels.linear import linear
 from swiftk.kernels.lora_linear import Adapter, lora_linear, lora_linear_group, lora_linear_ref, lora_scale, row_norm_sq
+from swiftk.kernels.nf4 import nf4_dequantize, nf4_quantize
 from swiftk.testing.accuracy import assert_accurate
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
@@ -45,8 +46,6 @@ def call(f, args, dtype, master=None, *, scale=1.7, dropout=None, **kwargs):
 
 def plain(x, w, adapter, bias, dropout=None):
     """What torch users write, in the dtype itself."""
-    from swiftk.kernels.dropout import keep_ref
-
     kept = x if dropout is None else torch.where(keep_ref(dropout, x.shape[-1]), x, 0) * dropout.scale
     y = F.linear(x, w) + adapter.scale * F.linear(F.linear(kept, adapter.a), adapter.b)
     if adapter.magnitude is not None:
@@ -99,6 +98,17 @@ def test_a_row_depends_on_that_row_alone(dora, bias, dtype, isa, thread_count):
         rows = slice(3 * M % 100, 3 * M % 100 + M)
         some = dropout._replace(token_index=dropout.token_index[rows])
         assert torch.equal(lora_linear(x[rows], w, adapter, c, dropout=some, isa=isa), whole[rows]), M
+
+
+def test_rows_are_masked_in_blocks(monkeypatch):
+    """Each block of rows with its own token indices, in a group with and without dropout."""
+    x, w, a, b, _, _ = (None if t is None else t.float() for t in make(50, 30, 64, 8, torch.float32))
+    dropout = make_dropout(50)
+    adapters, dropouts = [Adapter(a, b, 1.7)] * 2, [dropout._replace(layer=6), None]
+    run = functools.partial(lora_linear_group, x, [w, w], adapters, dropouts=dropouts)
+    whole = run()
+    monkeypatch.setattr("swiftk.kernels.lora_linear.MASK_BYTES", 7 * 64 * 4)
+    assert all(torch.equal(p, q) for p, q in zip(run(), whole, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -179,6 +189,35 @@ def test_a_group_equals_its_linears(kind, dtype, isa):
     one = torch.autograd.grad(group[1], [x, adapters[1].a, adapters[0].a], dys[1], retain_graph=True)  # the others unused
     want = torch.autograd.grad(alone[1], [x, adapters[1].a], dys[1])
     assert torch.equal(one[0], want[0]) and torch.equal(one[1], want[1]) and not one[2].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("K", "blocksize", "nested"), [(200, 64, False), (333, 32, True), (40, 128, False)])
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_nf4_base_equals_its_dequantised_weight(dora, K, blocksize, nested, dtype, isa):
+    x, w, a, b, bias, m = (None if t is None else t.to(dtype).requires_grad_() for t in make(50, 36, K, 8, dtype, dora))
+    packed = nf4_quantize(w.detach(), blocksize=blocksize, nested=nested)
+    if m is not None:
+        m.data[5] = 0  # dm from a row of the weight
+    results, acc = [], torch.float64 if dtype == torch.float64 else torch.float32
+    for weight in (packed, nf4_dequantize(packed).to(dtype)):
+        adapter = Adapter(a, b, 1.7, m, None if m is None else row_norm_sq(weight, acc))
+        y = lora_linear(x, weight, adapter, bias, dropout=make_dropout(50), isa=isa)
+        leaves = [t for t in (a, b, bias, m, x) if t is not None]
+        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+    *equal, (ours, theirs) = zip(*results, strict=True)
+    assert all(torch.equal(p, q) for p, q in equal)
+    assert (ours - theirs).abs().max() <= 2 * torch.finfo(dtype).eps * theirs.abs().max()  # a vendor's sum in other slices
+
+
+def test_a_group_of_nf4_and_plain(isa):
+    x, w, a, b, _, _ = (None if t is None else t.float() for t in make(20, 30, 64, 4, torch.bfloat16))
+    packed, adapter = nf4_quantize(w), Adapter(a.requires_grad_(), b.requires_grad_(), 2.0)
+    ys = lora_linear_group(x.requires_grad_(), [w, packed, w], [adapter] * 3, isa=isa)
+    alone = [lora_linear(x, weight, adapter, isa=isa) for weight in (w, packed, w)]
+    assert all(torch.equal(y, z) for y, z in zip(ys, alone, strict=True))
+    ours, theirs = (torch.autograd.grad(sum(y.square().sum() for y in t), (x, a, b)) for t in (ys, alone))
+    assert all(torch.allclose(p, q, rtol=1e-4, atol=1e-4 * q.abs().max()) for p, q in zip(ours, theirs, strict=True))
 
 
 @functools.cache
@@ -346,6 +385,8 @@ def bad_calls():
     yield (x, torch.randn(3, 5), good), {}, r"weight has shape \(3, 5\), x \(2, 4\) needs \(3, 4\)"
     yield (torch.tensor(1.0), w, good), {}, r"x has \(\), wants \(..., K\)"
     yield (x, w.double(), good), {}, "weight has dtype torch.float64, wants torch.float32 like x"
+    yield (x, nf4_quantize(torch.randn(3, 5)), good), {}, r"weight has shape \(3, 5\), x \(2, 4\) needs \(3, 4\)"
+    yield (x, nf4_quantize(torch.randn(2, 3, 4)), good), {}, r"weight has shape \(2, 3, 4\), wants \(N, K\)"
     yield (x, w.clone().requires_grad_(), good), {}, "weight requires a gradient, but the base is frozen here; call"
     yield (x, w, good, torch.ones(2)), {}, r"bias has shape \(2,\), weight \(3, 4\) needs \(3,\)"
     yield (x, w, Adapter(torch.randn(2, 5), b, 1.0)), {}, r"adapter.a has shape \(2, 5\), weight \(3, 4\) needs \(2, 4\)"
