@@ -12,12 +12,15 @@ from swiftk.benchmarks.harness import Case, Options
 from swiftk.kernels.dropout import Dropout
 from swiftk.kernels.linear import linear
 from swiftk.kernels.lora_linear import Adapter, lora_linear, lora_linear_ref, row_norm_sq
+from swiftk.kernels.nf4 import NF4Tensor, nf4_dequantize, nf4_quantize
+from swiftk.kernels.nf4_linear import nf4_linear
 from swiftk.testing.accuracy import assert_accurate
 
-KINDS = {  # name: (p, dora, goal)
-    "": (0.0, False, "<= 1.08x frozen linear, < addmm"),
-    " dropout 0.05": (0.05, False, "<= 1.1x frozen linear"),
-    " DoRA": (0.0, True, "<= 1.15x LoRA"),
+KINDS = {  # name: (p, dora, nf4, goal)
+    "": (0.0, False, False, "<= 1.08x frozen linear, < addmm"),
+    " dropout 0.05": (0.05, False, False, "<= 1.1x frozen linear"),
+    " DoRA": (0.0, True, False, "<= 1.15x LoRA"),
+    " NF4": (0.0, False, True, "<= 1.1x frozen linear"),
 }
 
 
@@ -62,9 +65,11 @@ def cases(options: Options) -> Iterator[Case]:
 
 
 def forward_backward(M: int, N: int, K: int, r: int, dtype: torch.dtype, kind: str, options: Options) -> Case:
-    p, dora, goal = KINDS[kind]
+    p, dora, nf4, goal = KINDS[kind]
     x, w, dy = (torch.randn(s, dtype=dtype, device=options.device) for s in ((M, K), (N, K), (M, N)))
     a, b = ((torch.randn(s, device=options.device) / 8).to(dtype).requires_grad_() for s in ((r, K), (N, r)))
+    base = nf4_quantize(w) if nf4 else w
+    w = nf4_dequantize(base).to(dtype) if isinstance(base, NF4Tensor) else w
     m = w.float().norm(dim=1).to(dtype).requires_grad_() if dora else None
     adapter = Adapter(a, b, 2.0, m, row_norm_sq(w) if dora else None)
     dropout = Dropout(p, torch.tensor([42, 1]), 3, torch.arange(M)) if p else None
@@ -72,10 +77,11 @@ def forward_backward(M: int, N: int, K: int, r: int, dtype: torch.dtype, kind: s
     trained = [t for t in (a, b, m) if t is not None]
 
     def run():
-        return torch.autograd.grad(lora_linear(x, w, adapter, dropout=dropout, isa=options.isa), [x, *trained], dy)
+        return torch.autograd.grad(lora_linear(x, base, adapter, dropout=dropout, isa=options.isa), [x, *trained], dy)
 
     def frozen():
-        return torch.autograd.grad(linear(x, w, isa=options.isa), x, dy)
+        y = nf4_linear(x, base, isa=options.isa) if isinstance(base, NF4Tensor) else linear(x, base, isa=options.isa)
+        return torch.autograd.grad(y, x, dy)
 
     def check(grads):
         inputs = [t.detach().double().requires_grad_() for t in (x, *trained)]
@@ -84,12 +90,12 @@ def forward_backward(M: int, N: int, K: int, r: int, dtype: torch.dtype, kind: s
             assert_accurate(got, want.to(got.dtype), want)
 
     peers: dict[str, Callable[[], Any]] = {"frozen linear": frozen}
-    if not p and not dora:
+    if kind == "":
         peers["addmm"] = lambda: torch.autograd.grad(AddmmLora.apply(x, w, a, b, 2.0), [x, *trained], dy)
-    else:
+    elif not nf4:
         plain = Adapter(a, b, 2.0)
         peers["LoRA"] = lambda: torch.autograd.grad(lora_linear(x, w, plain, isa=options.isa), [x, a, b], dy)
-    if options.wants("peft"):
+    if options.wants("peft") and not nf4:
         try:
             layer = peft_lora(w, a.detach().clone(), b.detach().clone(), 2.0, p, None if m is None else m.detach().clone())
             theirs = [t for t in layer.parameters() if t.requires_grad]
