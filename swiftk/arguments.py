@@ -22,13 +22,15 @@ from typing import Any, TypeVar
 
 import yaml
 
-from swiftk.config import DataConfig, OptimConfig, ParallelConfig, RunConfig
+from swiftk.config import DataConfig, OptimConfig, ParallelConfig, RunConfig, TunerConfig
+from swiftk.model.peft_files import FIELDS, read_adapter_config
 
-CONFIGS = (RunConfig, DataConfig, OptimConfig, ParallelConfig)
-Part = TypeVar("Part", RunConfig, DataConfig, OptimConfig, ParallelConfig)
+CONFIGS = (RunConfig, TunerConfig, DataConfig, OptimConfig, ParallelConfig)
+Part = TypeVar("Part", RunConfig, TunerConfig, DataConfig, OptimConfig, ParallelConfig)
 
 ALIASES = {
     "model_id_or_path": "model", "model_id": "model", "model_name_or_path": "model", "sft_type": "tuner_type",
+    "r": "lora_rank", "lora_target_modules": "target_modules", "quantization_bit": "quant_bits",
     "train_dataset": "dataset", "max_seq_len": "max_length", "pack_to_max_length": "packing",
     "per_device_train_batch_size": "micro_batch_size", "batch_size": "micro_batch_size",
     "lr": "learning_rate", "lr_warmup_fraction": "warmup_ratio", "lr_decay_style": "lr_scheduler_type",
@@ -45,16 +47,15 @@ VALUE_ALIASES = {
 # key -> (values that change nothing, what is missing)
 OFF = (None, "none", "None", False, "false", 0, "0")
 NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
-    **{key: ((), "LoRA") for key in ("lora_rank", "r", "lora_alpha", "lora_dropout", "target_modules", "lora_target_modules",
-                                     "use_rslora", "use_dora", "modules_to_save", "adapters")},
-    **{key: (OFF, "quantisation") for key in ("quant_method", "quant_bits", "quantization_bit")},
     "zero_stage": (OFF, "a sharded optimizer"),
     "sequence_parallel": (OFF, "sequence parallelism"),
     "virtual_pipeline_model_parallel_size": ((*OFF, 1, "1"), "pipeline parallelism"),
 }  # fmt: skip
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # key -> (accepted, known but not there yet)
     "stage": (("pt", "sft"), ("dpo", "grpo", "kto", "rm", "ppo", "orpo", "simpo", "cpo")),
-    "tuner_type": (("full",), ("lora", "qlora", "dora", "adalora")),
+    "tuner_type": (("full", "lora", "qlora"), ("adalora", "longlora", "vera", "boft")),
+    "init_weights": (("true", "gaussian"), ("pissa", "olora", "loftq", "lora-ga")),
+    "quant_method": (("bnb",), ("hqq", "eetq", "awq", "gptq", "fp8")),
     "truncation_strategy": (("delete", "left", "right", "split"), ()),
     "lr_scheduler_type": (("cosine", "linear", "constant"), ()),
     "optim": (("adamw", "adamw_8bit", "galore", "q_galore"), ("adafactor", "sgd", "lion", "muon", "paged_adamw_8bit")),
@@ -67,12 +68,13 @@ ONE_SO_FAR = {
     "tensor_model_parallel_size": "tensor parallelism", "pipeline_model_parallel_size": "pipeline parallelism",
     "context_parallel_size": "context parallelism", "expert_model_parallel_size": "expert parallelism",
 }  # fmt: skip
-WHAT = ("model", "model_config", "tokenizer", "dataset", "val_dataset")  # without any of these: the preset
+WHAT = ("model", "model_config", "adapters", "tokenizer", "dataset", "val_dataset")  # without any of these: the preset
 POSITIVE = ("micro_batch_size", "global_batch_size", "logging_steps", "max_length", "packing_length", "num_train_epochs",
-            "lr_decay_steps", "save_total_limit", "ddp_timeout", "heartbeat_timeout", "peak_tflops", "galore_rank",
-            "galore_update_proj_gap", "galore_scale")  # fmt: skip
+            "lr_decay_steps", "save_total_limit", "lora_rank", "lora_alpha", "ddp_timeout", "heartbeat_timeout", "peak_tflops",
+            "galore_rank", "galore_update_proj_gap", "galore_scale")  # fmt: skip
 NOT_NEGATIVE = ("learning_rate", "min_lr", "warmup_ratio", "weight_decay", "adam_eps", "max_grad_norm", "save_steps",
                 "eval_steps", "split_dataset_ratio", "preview")  # fmt: skip
+LORA_LEARNING_RATE = 1e-4  # where none is given; full tuning's is trainer/optimizer.py's
 
 
 class ArgumentError(ValueError):
@@ -82,6 +84,7 @@ class ArgumentError(ValueError):
 @dataclass(frozen=True)
 class Arguments:
     run: RunConfig
+    tuner: TunerConfig
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig
@@ -92,7 +95,7 @@ class Arguments:
     def flat(self) -> dict[str, Any]:
         """Every key with its value, as args.json has it."""
         merged: dict[str, Any] = {}
-        for config in (self.run, self.data, self.optim, self.parallel):
+        for config in (self.run, self.tuner, self.data, self.optim, self.parallel):
             merged.update(dataclasses.asdict(config))
         return merged
 
@@ -220,6 +223,7 @@ def _text(value: Any) -> str:
 CONVERTED: dict[str, Callable[[str, Any], tuple[str, Any]]] = {
     "train_type": lambda n, v: ("stage" if _text(v) in sum(CHOICES["stage"], ()) else "tuner_type", v),
     "use_lora": lambda n, v: ("tuner_type", "lora" if _truth(n, v) else "full"),
+    "init_weights": lambda n, v: (n, str(v).lower() if isinstance(v, bool) else v),  # YAML's true is not a string
     "gradient_checkpointing": lambda n, v: ("recompute_granularity", "full" if _truth(n, v) else "none"),
 }
 
@@ -353,14 +357,9 @@ def check(values: dict[str, Any]) -> None:
     for name in NOT_NEGATIVE:
         if values.get(name) is not None and values[name] < 0:
             raise ArgumentError(f"{name}: has {values[name]}, wants at least 0")
-    for name in ("adam_beta1", "adam_beta2", "split_dataset_ratio"):
+    for name in ("adam_beta1", "adam_beta2", "split_dataset_ratio", "lora_dropout"):
         if name in values and not 0 <= values[name] < 1:
             raise ArgumentError(f"{name}: has {values[name]}, wants 0 <= x < 1")
-    if values.get("optim") in ("galore", "q_galore") and values.get("tuner_type", RunConfig.tuner_type) != "full":
-        raise ArgumentError(
-            f"optim: has {values['optim']}, wants --tuner_type full: it projects the gradients of whole matrices, and an "
-            "adapter's are of a low rank already; wants adamw or adamw_8bit otherwise"
-        )
     if values.get("warmup_ratio", 0) > 1:
         raise ArgumentError(f"warmup_ratio: has {values['warmup_ratio']}, wants at most 1")
     if values.get("padding_free") is False:
@@ -372,7 +371,8 @@ def check(values: dict[str, Any]) -> None:
     if values.get("dataset") and not values.get("model") and not values.get("model_config"):
         raise ArgumentError(
             f"dataset is given ({' '.join(values['dataset'])}) without model; wants --model <directory of a Hugging Face "
-            "checkpoint>, or a model_config block and tokenizer in the YAML to start from random weights"
+            "checkpoint>, --adapters <checkpoint of an adapter>, or a model_config block and tokenizer in the YAML to start "
+            "from random weights"
         )
     if not values.get("dataset"):
         raise ArgumentError("dataset: has nothing, wants at least one file or builtin name (--dataset data.jsonl)")
@@ -380,6 +380,69 @@ def check(values: dict[str, Any]) -> None:
         raise ArgumentError("tokenizer: has nothing, wants a directory or `train`: model_config brings none")
     if values.get("tokenizer") == "train" and not values.get("model_config"):
         raise ArgumentError("tokenizer: has 'train', wants model_config: a checkpoint's vocabulary is fixed")
+
+
+def from_adapters(values: dict[str, Any]) -> None:
+    """What --adapters DIR says and the arguments do not: the adapter's settings, its base and how that was held."""
+    if not values.get("adapters"):
+        return
+    if len(values["adapters"]) > 1:
+        raise ArgumentError(f"adapters: has {len(values['adapters'])} directories, wants one")
+    directory = Path(values["adapters"][0])
+    try:
+        tuner, base = read_adapter_config(directory)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+    for name in FIELDS:
+        here, there = values.setdefault(name, getattr(tuner, name)), getattr(tuner, name)
+        if name != "lora_dropout" and (sorted(here) != sorted(there) if isinstance(here, tuple) else here != there):
+            raise ArgumentError(f"{name}: has {here!r}, wants {there!r} like {directory}; leave it out, or start a new adapter")
+    try:
+        saved = json.loads((directory / "args.json").read_text())["arguments"]
+    except FileNotFoundError:  # an adapter of PEFT's own
+        saved = {"model": base}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ArgumentError(f"adapters: {directory}/args.json is damaged ({error!r}); give --model and remove it") from error
+    found = next((path for path in (saved.get("model"), base) if path and Path(path).is_dir()), None)
+    if "model" not in values:
+        if found is None:
+            missing = f"the base of {directory}, {saved.get('model')}, is not there"
+            raise ArgumentError(f"adapters: {missing}; wants --model <directory>")
+        values["model"] = found
+    values.setdefault("tuner_type", "lora")
+    for name in ("quant_method", "quant_bits"):
+        if saved.get(name) is not None:
+            values.setdefault(name, saved[name])
+
+
+def settle_tuner(values: dict[str, Any]) -> None:
+    """The tuner's keys made explicit, and those that contradict each other refused."""
+    if values.get("tuner_type") is None:
+        values["tuner_type"] = "full" if values.get("model_config") else "lora"
+    if values["tuner_type"] == "qlora":
+        values["tuner_type"] = "lora"
+        values.setdefault("quant_bits", 4)
+    if values.get("quant_bits"):
+        values.setdefault("quant_method", "bnb")
+    lora = values["tuner_type"] == "lora"
+    if values.get("quant_bits") not in (None, 4):
+        raise ArgumentError(f"quant_bits: has {values['quant_bits']}, wants 4")
+    if values.get("quant_method") and not values.get("quant_bits"):
+        raise ArgumentError("quant_method: has bnb without quant_bits, wants --quant_bits 4")
+    if values.get("quant_bits") and not lora:
+        raise ArgumentError("quant_bits: has 4 with tuner_type full, wants tuner_type lora: NF4 weights cannot be trained")
+    for name in (*FIELDS, "init_weights", "adapters"):
+        if name in values and not lora:
+            raise ArgumentError(f"{name}: is given with tuner_type full, wants tuner_type lora; or remove the key")
+    if lora and values.get("model_config"):
+        raise ArgumentError("tuner_type: has lora with model_config, wants full, or --model: adapters belong to a checkpoint")
+    if values.get("optim") in ("galore", "q_galore") and lora:
+        raise ArgumentError(
+            f"optim: has {values['optim']}, wants --tuner_type full: it projects the gradients of whole matrices, and an "
+            "adapter's are of a low rank already; wants adamw or adamw_8bit otherwise"
+        )
+    if lora:
+        values.setdefault("learning_rate", LORA_LEARNING_RATE)
 
 
 def parse(argv: list[str], *, world_size: int = 1, preset: str) -> Arguments:
@@ -410,12 +473,17 @@ def parse(argv: list[str], *, world_size: int = 1, preset: str) -> Arguments:
         if values.get(name) in others:
             warnings.append(f"{name} {values[name]} is read as {others[values[name]]}")
             values[name] = others[values[name]]
+    for name in ("quant_method", "quant_bits"):
+        if values.get(name) in OFF:
+            values.pop(name, None)
+    from_adapters(values)
     check(values)
+    settle_tuner(values)
 
     def part(config: type[Part]) -> Part:
         return config(**{f.name: values[f.name] for f in dataclasses.fields(config) if f.name in values})  # type: ignore[arg-type]
 
     return Arguments(
-        part(RunConfig), part(DataConfig), part(OptimConfig), part(ParallelConfig),
+        part(RunConfig), part(TunerConfig), part(DataConfig), part(OptimConfig), part(ParallelConfig),
         yaml_path=path, warnings=tuple(warnings), preset=is_preset,
     )  # fmt: skip

@@ -28,11 +28,29 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class TunerConfig:
+    """Read by swiftk/model: which parameters there are, which of them are trained, how the base is stored."""
+
+    tuner_type: str | None = None  # full | lora | qlora (lora, quant_bits 4); None: lora with model, full with model_config
+    lora_rank: int = 8
+    lora_alpha: int = 32  # the adapter is scaled by alpha / rank
+    lora_dropout: float = 0.05  # of the adapter's input
+    target_modules: tuple[str, ...] = ("all-linear",)  # of the blocks; or names (q_proj, lm_head, embed_tokens), regexes
+    use_rslora: bool = False  # scaled by alpha / sqrt(rank)
+    use_dora: bool = False  # rows of weight + adapter are rescaled to a trained magnitude
+    modules_to_save: tuple[str, ...] = ()  # trained whole and saved beside the adapter: names like those of target_modules
+    init_weights: str = "true"  # of A (B is 0): true (uniform, as in PEFT) | gaussian
+    adapters: tuple[str, ...] = ()  # a checkpoint with an adapter to go on from; its base and settings need not be named
+    quant_method: str | None = None  # bnb: the linears of the blocks are held in NF4
+    quant_bits: int | None = None  # 4
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """Read by trainer/optimizer.py and galore.py."""
 
     optim: str = "adamw"  # adamw | adamw_8bit (8-bit moments) | galore | q_galore (matrices' gradients projected to a low rank)
-    learning_rate: float | None = None  # None: 1e-5 (full)
+    learning_rate: float | None = None  # None: 1e-4 (lora), 1e-5 (full)
     min_lr: float = 0.0
     warmup_ratio: float = 0.05
     lr_scheduler_type: str = "cosine"  # cosine | linear | constant
@@ -66,7 +84,6 @@ class RunConfig:
     model: str | None = None  # directory of a Hugging Face checkpoint
     model_config: dict[str, object] = field(default_factory=dict)  # in place of model: a config.json; random initial weights
     tokenizer: str | None = None  # directory | train: byte-level BPE of model_config's vocab_size on the dataset; None: model's
-    tuner_type: str = "full"  # full
     output_dir: str | None = None  # None: output/<model>
     add_version: bool = True  # a new v{N}-{time} folder under output_dir for each run
     micro_batch_size: int = 1  # packs (rows without packing) per forward and rank

@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
         return fail(f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}", rank, None)
     try:
         run(
-            arguments.run, arguments.data, arguments.optim, mesh, stop, arguments=arguments.flat(),
+            arguments.run, arguments.tuner, arguments.data, arguments.optim, mesh, stop, arguments=arguments.flat(),
             yaml_path=arguments.yaml_path,
             commands=Commands(
                 start_command(2), program("tensorboard", "tensorboard.main"), resume_command(argv, world_size)

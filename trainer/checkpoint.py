@@ -1,8 +1,9 @@
 """Checkpoints that are whole or absent, and how a run finds the one to go on from.
 
     <output_dir>/v0-20250101-120000/    one run: args.json, the YAML, logging.jsonl, runs/
-        checkpoint-<step>/              model*.safetensors, config.json, the tokenizer (Hugging Face's format);
-                                        args.json, trainer_state.json; resume/ (fp32 weights, the optimizer's state; torch DCP);
+        checkpoint-<step>/              model*.safetensors, config.json, the tokenizer (Hugging Face's format), or
+                                        adapter_model.safetensors, adapter_config.json (PEFT's); args.json, trainer_state.json;
+                                        resume/ (trained weights in fp32, the optimizer's state; torch DCP);
                                         manifest.json (name, size and SHA-256 of each file: the last to be written)
         last, best                      links to a checkpoint
     <output_dir>/last                   link to the newest run's last checkpoint
@@ -42,7 +43,7 @@ FREE_KEYS = frozenset(
     ("output_dir", "add_version", "resume_from_checkpoint", "max_steps", "num_train_epochs", "preview", "ddp_timeout",
      "heartbeat_timeout", "save_steps", "save_total_limit", "logging_steps", "eval_steps", "report_to", "peak_tflops")
 )  # fmt: skip
-PATH_KEYS = frozenset(("model", "tokenizer", "dataset", "val_dataset"))  # compared by file name only
+PATH_KEYS = frozenset(("model", "adapters", "tokenizer", "dataset", "val_dataset"))  # compared by file name only
 
 
 class CheckpointError(RuntimeError):
@@ -93,12 +94,12 @@ def _sha256(path: Path) -> str:
 
 
 def _resume_state(params: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """name -> weight and what the optimizer keeps of it, as whole tensors, made where there are none yet, to be read into."""
+    """name -> trained weight and what the optimizer keeps of it, as whole tensors, made where there are none yet, to be read
+    into. What is frozen is read from `model` again."""
     state: dict[str, Any] = {}
     for name, p in params.items():
-        state[f"weight/{name}"] = p.detach()
         if p.requires_grad:
-            state |= {f"{key}/{name}": tensor for key, tensor in state_of(optimizer, p).items()}
+            state |= {f"weight/{name}": p.detach()} | {f"{key}/{name}": t for key, t in state_of(optimizer, p).items()}
     return state
 
 

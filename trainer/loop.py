@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from swiftk.config import OptimConfig, RunConfig
-from swiftk.model import Model, save_checkpoint
+from swiftk.model import Model, save_adapter, save_checkpoint
 from swiftk.parallel.data import sum_gradients_
 from swiftk.parallel.mesh import Mesh
 from swiftk.trainer import checkpoint
@@ -67,7 +67,8 @@ def train(t: Training) -> bool:
     """Trains from t.step to t.total_steps. True: finished; False: stopped by a signal. Either way the last step is saved."""
     params, comm, config = dict(t.model.named_parameters()), t.mesh.dp.comm, t.config
     shape = t.model.config
-    matmul_params = matmul_parameters(shape, sum(p.numel() for p in params.values()))
+    matmul_params = matmul_parameters(shape, t.model.specs, {name for name, p in params.items() if p.requires_grad})
+    seed_step = torch.tensor([config.seed, 0])
     eval_steps = config.eval_steps if config.eval_steps is not None else config.save_steps
     evaluation = evaluate_and_report(t) if t.step == 0 else None
     window = Window()
@@ -82,8 +83,9 @@ def train(t: Training) -> bool:
             break
 
         losses: list[TokenLoss] = []
+        seed_step[1] = t.step
         for batch in batches:
-            loss = token_loss(t.model, batch, isa=config.isa)
+            loss = token_loss(t.model, batch, seed_step=seed_step, isa=config.isa)
             (loss.total / max(1, trained)).backward()
             losses.append(TokenLoss(loss.total.detach(), loss.correct, loss.per_token))
         sum_gradients_(params, t.model.specs, t.mesh)
@@ -146,7 +148,7 @@ def save(t: Training, evaluation: Evaluation | None, window: Window) -> None:
 
     `best` is the checkpoint with the lowest held-out loss among those that were saved at a step with an evaluation.
     """
-    if not all(bool(p.isfinite().all()) for p in t.model.parameters()):  # on every rank: they hold the same
+    if not all(bool(p.isfinite().all()) for p in t.model.parameters() if p.requires_grad):  # on every rank: they hold the same
         path = write_rows(t, t.step, [collate(t.dataset, micro_batch) for micro_batch in t.plan.step(t.step - 1)])
         raise NonFiniteError(
             f"step {t.step}: the weights are NaN or infinite after its update and are not saved. {advice(t, path)}"
@@ -156,7 +158,10 @@ def save(t: Training, evaluation: Evaluation | None, window: Window) -> None:
         t.best = (evaluation.nats_per_token, t.step)
 
     def write_model(directory: Path) -> None:
-        save_checkpoint(t.model, directory)
+        if t.model.tuning.lora:
+            save_adapter(t.model, directory, str(Path(t.config.model or "").resolve()))
+        else:
+            save_checkpoint(t.model, directory)
         t.tokenizer.save_pretrained(directory)
 
     error: str | None = None

@@ -22,9 +22,11 @@ class TokenLoss(NamedTuple):
     per_token: torch.Tensor  # (total tokens,) detached, 0 where not trained
 
 
-def token_loss(model: Model, batch: Batch, *, isa: str = "auto") -> TokenLoss:
-    """Sum of -log p(label) over the trained tokens of a packed batch, in nats."""
-    hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens)
+def token_loss(model: Model, batch: Batch, *, seed_step: torch.Tensor | None = None, isa: str = "auto") -> TokenLoss:
+    """Sum of -log p(label) over the trained tokens of a packed batch, in nats. seed_step: int64 (2,), seed and step, the
+    keys of the adapters' dropout; None: no dropout."""
+    token_index = None if seed_step is None else batch.token_index
+    hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, seed_step=seed_step, token_index=token_index)
     total, stats = linear_cross_entropy(hidden, model.head_weight, batch.labels, ignore_index=IGNORE_INDEX, isa=isa)
     trained = batch.labels != IGNORE_INDEX
     per_token = torch.where(trained, stats.lse - stats.label_logit, 0.0)

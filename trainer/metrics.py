@@ -1,6 +1,7 @@
 """What a run says of itself: the start page, a line per logging_steps, logging.jsonl, TensorBoard, a bar on a terminal.
 
-FLOPs of a step (forward + backward, recomputation not counted), P the parameters in matrix products:
+FLOPs of a step (forward + backward, recomputation not counted), P the parameters in matrix products; a frozen one counts as
+2 / 3, because its own gradient is not computed:
     6 P tokens + 12 L D sum over documents of len^2          mfu: the whole attention square
     6 P tokens +  6 L D sum over documents of len^2          mfu_causal: half of it, which is what is computed
 A sliding window is counted as full attention. MFU divides by the peak of all ranks: given, or measured with a matrix
@@ -10,10 +11,11 @@ product at the start, all ranks at once.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +25,16 @@ import torch
 
 from swiftk.model import ModelConfig
 from swiftk.parallel.comm import Comm
+from swiftk.parallel.spec import ParamSpec
 
 
-def matmul_parameters(config: ModelConfig, total: int) -> int:
-    """Parameters that every token is multiplied by: all but the embedding; tied, the embedding is also the head."""
-    return total if config.tie_word_embeddings else total - config.vocab_size * config.hidden_size
+def matmul_parameters(config: ModelConfig, specs: Mapping[str, ParamSpec], trained: Collection[str]) -> float:
+    """Parameters that every token is multiplied by: all but the embedding (tied, it is also the head); frozen ones as 2 / 3."""
+    products = [name for name in specs if config.tie_word_embeddings or not name.startswith("model.embed_tokens.")]
+    return sum(math.prod(specs[name].shape) * (1 if name in trained else 2 / 3) for name in products)
 
 
-def step_flops(config: ModelConfig, matmul_params: int, tokens: int, squares: int) -> tuple[float, float]:
+def step_flops(config: ModelConfig, matmul_params: float, tokens: int, squares: int) -> tuple[float, float]:
     """With the whole attention square, and with its causal half. `squares` is the sum of len^2 over the documents."""
     products = 6.0 * matmul_params * tokens
     attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * squares

@@ -31,7 +31,8 @@ class Batch:
     """Documents one after the other, tokens first; attention never crosses a boundary of cu_seqlens.
 
     input_ids, labels, positions: int64 (total,); labels[i] is the token after input_ids[i] in the same document, or -100
-    where that token is not trained or the document ends; positions restart at 0 in each document.
+    where that token is not trained or the document ends; positions restart at 0 in each document. token_index: int64
+    (total,), row << 32 | position: the token's name in the data set, whatever it is packed with.
     cu_seqlens: int32 (documents + 1,), starts at 0, ends at total. rows: the dataset row of each document.
     """
 
@@ -39,6 +40,7 @@ class Batch:
     labels: torch.Tensor
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
+    token_index: torch.Tensor
     rows: Pack
 
     @property
@@ -62,8 +64,10 @@ def collate(dataset: Dataset, micro_batch: Sequence[Pack]) -> Batch:
     labels[ends - 1] = IGNORE_INDEX  # the next token is another document's
     positions = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)
     cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
-    input_ids, targets, places, bounds = (torch.from_numpy(a) for a in (ids, labels, positions, cu_seqlens))
-    return Batch(input_ids, targets, places, bounds, rows)
+    token_index = np.repeat(np.array(rows, np.int64) << 32, lengths) | positions
+    arrays = (ids, labels, positions, cu_seqlens, token_index)
+    input_ids, targets, places, bounds, index = (torch.from_numpy(a) for a in arrays)
+    return Batch(input_ids, targets, places, bounds, index, rows)
 
 
 # --- packing -----------------------------------------------------------------------------------------------------

@@ -7,22 +7,22 @@ import json
 import math
 import shlex
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from swiftk import __version__
-from swiftk.config import DataConfig, OptimConfig, RunConfig
+from swiftk.config import DataConfig, OptimConfig, RunConfig, TunerConfig
 from swiftk.kernels._native import ISAS, native
-from swiftk.model import Model, ModelConfig, load_checkpoint
+from swiftk.model import Model, ModelConfig, load_adapter, load_checkpoint
 from swiftk.parallel.mesh import Mesh
 from swiftk.trainer import checkpoint
 from swiftk.trainer.data import Dataset, load_splits, token_statistics, trained_bytes
 from swiftk.trainer.evaluation import greedy
 from swiftk.trainer.loop import HeldOut, Training, train
-from swiftk.trainer.metrics import Reporter, measure_peak
+from swiftk.trainer.metrics import Reporter, measure_peak, peak_memory_gib
 from swiftk.trainer.optimizer import build_optimizer
 from swiftk.trainer.packing import BatchPlan
 from swiftk.trainer.preview import preview
@@ -137,6 +137,18 @@ def find_resume(config: RunConfig, output_dir: Path, args: dict[str, Any], mesh:
     return found.resolve() if found else None
 
 
+def tuner_of_checkpoint(tuner: TunerConfig, shape: ModelConfig, config: RunConfig) -> TunerConfig:
+    """A checkpoint in NF4 is used as it is: quant_bits need not be given, and full tuning is not possible."""
+    if not shape.quantised:
+        return tuner
+    if tuner.tuner_type != "lora":
+        raise ValueError(
+            f"tuner_type: has full, wants lora: {config.model} is quantised (NF4), which cannot be trained whole; "
+            "--tuner_type lora, or --model <the checkpoint that is not quantised>"
+        )
+    return replace(tuner, quant_method="bnb", quant_bits=4)
+
+
 def prepare_run_dir(config: RunConfig, output_dir: Path, resume: Path | None, arguments: dict[str, Any], yaml_path: str | None,
                     bytes_needed: int, mesh: Mesh) -> Path:  # fmt: skip
     """An equal run under output_dir goes on in the directory of its checkpoint; any other gets a new one, so that a resume
@@ -165,7 +177,7 @@ def prepare_run_dir(config: RunConfig, output_dir: Path, resume: Path | None, ar
 
 
 def run(
-    config: RunConfig, data: DataConfig, optim: OptimConfig, mesh: Mesh, stop: StopFlag, *,
+    config: RunConfig, tuner: TunerConfig, data: DataConfig, optim: OptimConfig, mesh: Mesh, stop: StopFlag, *,
     arguments: dict[str, Any], yaml_path: str | None, commands: Commands,
 ) -> bool:  # fmt: skip
     """One training run, on every rank.
@@ -189,6 +201,7 @@ def run(
     except ValueError as error:
         where = f" (model_config of {yaml_path})" if config.model_config and yaml_path else ""
         raise ValueError(f"{error}{where}") from None
+    tuner = tuner_of_checkpoint(tuner, shape, config)
     tokenizer = build_tokenizer(config, data, shape.vocab_size, resume, mesh)
     check_vocab(tokenizer, shape.vocab_size)
     max_length = min(data.max_length or shape.max_position_embeddings, shape.max_position_embeddings)
@@ -212,15 +225,18 @@ def run(
     dtype = compute_dtype(config)
     model = Model(
         shape, mesh, compute_dtype=dtype, seed=None if config.model else config.seed, isa=config.isa,
-        recompute=config.recompute_granularity,
+        recompute=config.recompute_granularity, tuner=tuner, adapter_seed=config.seed,
     )  # fmt: skip
-    if config.model and resume is None:
-        load_checkpoint(model, config.model)
     params = dict(model.named_parameters())
+    if config.model and (resume is None or not all(p.requires_grad for p in params.values())):
+        load_checkpoint(model, config.model)
+    if tuner.adapters and resume is None:
+        load_adapter(model, tuner.adapters[0])
     optimizer = build_optimizer(params, optim, config.seed)
     total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * plan.steps_per_epoch(0))
 
-    bytes_needed = sum(p.numel() * (dtype.itemsize + 3 * p.element_size()) for p in params.values()) + (16 << 20)
+    trained = [p for p in params.values() if p.requires_grad]
+    bytes_needed = sum(p.numel() * (dtype.itemsize + 3 * p.element_size()) for p in trained) + (16 << 20)
     facts = {
         "arguments": arguments, "version": __version__, "torch": torch.__version__, "isa": isa_path(config.isa),
         "compute_dtype": str(dtype).removeprefix("torch."), "data_parallel_size": mesh.dp.size,
@@ -275,12 +291,29 @@ def show_first_row(dataset: Dataset, tokenizer: Any) -> None:
     preview(first, BatchPlan(first.lengths, packing_length=None, micro_batch_size=1, global_batch_size=1, seed=0), tokenizer, 1)
 
 
+def mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
 def introduce(t: Training) -> None:
     """What is about to be trained, on what, where to."""
-    say, params, facts = t.reporter.say, list(t.model.parameters()), t.args
-    size, trainable = sum(p.numel() for p in params), sum(p.numel() for p in params if p.requires_grad)
+    say, facts = t.reporter.say, t.args
+    size = sum(math.prod(spec.shape) for spec in t.model.specs.values())
+    trained = [p for p in t.model.parameters() if p.requires_grad]
+    share = sum(p.numel() for p in trained) / size
     master = "fp64" if t.model.compute_dtype == torch.float64 else "fp32"
-    say(f"model       {t.model.config.model_type}, {size / 1e6:.2f} M parameters, {trainable / size:.0%} trainable ({master})")
+    kind = t.model.config.model_type
+    say(f"model       {kind}, {size / 1e6:.2f} M parameters, {share:.{0 if share > 0.1 else 2}%} trainable ({master})")
+    if t.model.tuning.lora:
+        tuner, tuning = t.model.tuning.config, t.model.tuning
+        name = ("rs" if tuner.use_rslora else "") + ("DoRA" if tuner.use_dora else "LoRA")
+        whole = f", {len(tuning.saved)} modules whole" if tuning.saved else ""
+        say(f"tuner       {name} on {len(tuning.adapted)} modules{whole}: rank {tuner.lora_rank}, scale {tuning.scale:g}, "
+            f"dropout {tuner.lora_dropout:g}; {len(tuning.quantised)} weights in NF4")  # fmt: skip
+    base = sum(p.nbytes for p in t.model.parameters() if not p.requires_grad) + sum(b.nbytes for b in t.model.buffers())
+    learnt = sum(p.nbytes for p in trained)
+    peak = f"resident at most {peak_memory_gib():.3f} GiB so far"
+    say(f"memory      {mib(base)} frozen, {mib(learnt)} trained, as much for gradients; {peak}")
     how = "given" if t.config.peak_tflops else "measured with a matrix product"
     threads = f"{t.mesh.dp.size} data-parallel ranks x {facts['threads_per_rank']} threads"
     say(f"compute     {facts['compute_dtype']}, {facts['isa']}, {threads}, {(t.peak or 0) / 1e9:.0f} GFLOP/s {how}")
@@ -342,11 +375,15 @@ def closing_words(t: Training, commands: Commands) -> None:
         say("  " + t.tokenizer.decode(ids[:start]).strip().replace("\n", "\n  "))
         say("  > " + "\n  > ".join(completion_lines(t.tokenizer.decode(found))))
     last = t.run_dir / "last"
-    say(f"\nthe checkpoint is {last}; transformers loads it: AutoModelForCausalLM.from_pretrained({str(last)!r})")
+    if t.model.tuning.lora:
+        say(f"\nthe adapter is {last}; peft loads it over {t.config.model}: PeftModel.from_pretrained(model, {str(last)!r})")
+        source = f"--adapters {shlex.quote(str(last))}"
+    else:
+        say(f"\nthe checkpoint is {last}; transformers loads it: AutoModelForCausalLM.from_pretrained({str(last)!r})")
+        source = f"--model {shlex.quote(str(last))}"
     say("next, train it on your own rows:")
-    source = f"--model {shlex.quote(str(last))}"
-    if t.config.model_config and t.optim.learning_rate:  # trained for minutes: the default, for checkpoints, hardly moves it
-        source += f" --tuner_type full --learning_rate {t.optim.learning_rate:g}"
+    if not t.model.tuning.lora and t.config.model_config and t.optim.learning_rate:  # trained for minutes: the default, for
+        source += f" --tuner_type full --learning_rate {t.optim.learning_rate:g}"  # checkpoints, hardly moves it
     say(f"  {commands.train} {source} --dataset yours.jsonl --split_dataset_ratio 0.05")
     say("look at the curves:")
     say(f"  {commands.tensorboard} --logdir {shlex.quote(str(t.run_dir / 'runs'))}")

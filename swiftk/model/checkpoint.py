@@ -1,6 +1,7 @@
 """Reads and writes Hugging Face checkpoints: config.json, model.safetensors or model-*-of-*.safetensors with their index.
 
-Files are memory mapped and each parameter reads its own slices only, so a process never holds more than it keeps.
+Files are memory mapped and each parameter reads its own slices only, so a process never holds more than it keeps; a weight
+that is held in NF4 is quantised QUANTISE_ELEMENTS at a time, or taken over exactly where the checkpoint has bitsandbytes' NF4.
 Tied embeddings: lm_head.weight may be absent, or present and equal to the embedding; it is not written.
 """
 
@@ -17,11 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from swiftk.kernels.nf4 import NF4Tensor, nf4_from_bitsandbytes, nf4_quantize
+from swiftk.model.adapter import is_adapter
 from swiftk.model.parameters import EMBEDDING, HEAD
 from swiftk.model.transformer import Model
 from swiftk.parallel.spec import ParamSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+QUANTISE_ELEMENTS = 1 << 22  # of a weight, read and quantised at a time
+NF4_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' names; the others are codes of something
 
 
@@ -29,59 +34,122 @@ FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' names; the others are cod
 
 
 def load_checkpoint(model: Model, directory: str | Path) -> None:
-    """Fills every parameter of the model with its slices of the checkpoint, cast to the parameter's dtype.
+    """Fills every parameter of the base with its slices of the checkpoint, cast to the parameter's dtype; quantises what
+    the model holds in NF4. Adapters stay as they are.
 
-    Raises: ValueError that lists each tensor that is missing, left over, mis-shaped or not floating point; or that names
-    a file which is missing or truncated. The model is then partly filled: do not use it.
+    Raises: ValueError that lists each tensor that is missing, left over, mis-shaped, not floating point, not finite (NF4) or
+    quantised in another way than the model; or that names a file which is missing or truncated. The model is then partly
+    filled: do not use it.
     """
     directory = Path(directory)
     where = _tensor_files(directory)
-    files = {path: _open(path) for path in sorted(set(where.values()))}
-    held = {path: set(file.keys()) for path, file in files.items()}
+    held = {path: set(open_tensors(path).keys()) for path in sorted(set(where.values()))}
     for name, path in where.items():
         if name not in held[path]:
             raise ValueError(f"load_checkpoint: {path} has no {name}, {INDEX} says that it has; download it again")
     problems: list[str] = []
-    extra = {name for name in where if name not in model.specs and not name.endswith(".rotary_emb.inv_freq")}
+    specs = {name: spec for name, spec in model.specs.items() if not is_adapter(name)}
+    nf4 = {name for name in where if f"{name}.absmax" in where}  # weights in bitsandbytes' format
+    extra = {name for name in where if name not in specs and not name.endswith(".rotary_emb.inv_freq")}
+    extra -= {f"{name}.{key}" for name in nf4 for key in NF4_KEYS}
 
-    def slices(name: str, spec: ParamSpec) -> torch.Tensor | None:
-        part = files[where[name]].get_slice(name)
-        if tuple(part.get_shape()) != spec.shape:
+    def whole(name: str) -> torch.Tensor:
+        return open_tensors(where[name]).get_tensor(name)
+
+    def floating(name: str, spec: ParamSpec) -> Any:
+        """The tensor in its file, not read yet; None if it is none that the model can take."""
+        part = open_tensors(where[name]).get_slice(name)
+        if name in nf4:
+            problems.append(f"{name} is NF4, wants it in 16 or 32 bits: the model trains it, or has it outside its blocks")
+        elif tuple(part.get_shape()) != spec.shape:
             problems.append(f"{name} has shape {tuple(part.get_shape())}, wants {spec.shape}")
         elif part.get_dtype() not in FLOATS:
             problems.append(f"{name} has dtype {part.get_dtype()}, wants one of {', '.join(FLOATS)} (is it quantised?)")
         else:
-            return part[tuple(slice(start, stop) for start, stop in spec.slices)]
+            return part
+        return None
+
+    def slices(name: str, spec: ParamSpec) -> torch.Tensor | None:
+        part = floating(name, spec)
+        return None if part is None else part[tuple(slice(start, stop) for start, stop in spec.slices)]
+
+    def quantised(name: str, spec: ParamSpec) -> NF4Tensor | None:
+        try:
+            if name in nf4:
+                keys = [name, *(f"{name}.{key}" for key in NF4_KEYS if f"{name}.{key}" in where)]
+                weight = nf4_from_bitsandbytes({key.removeprefix(name.removesuffix("weight")): whole(key) for key in keys})
+                if tuple(weight.shape) == spec.shape:
+                    return weight
+                problems.append(f"{name} has shape {tuple(weight.shape)}, wants {spec.shape}")
+                return None
+            part = floating(name, spec)
+            return None if part is None else _quantise(part, spec)
+        except ValueError as error:
+            problems.append(f"{name} cannot be taken: {error}")
         return None
 
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for module, leaf in model.linears().items():
+            name = f"{module}.weight"
+            if module in model.tuning.quantised and name in where:
+                weight = quantised(name, specs[name])
+                if weight is not None:
+                    leaf.set_nf4(weight)
+        parameters = dict(model.named_parameters())
+        for name, spec in specs.items():
             source = name
-            if name not in where and name == EMBEDDING and HEAD in where and model.lm_head is None:
+            if name not in where and name == EMBEDDING and HEAD in where and model.config.tie_word_embeddings:
                 source = HEAD  # tied, and stored under its other name
             if source not in where:
                 hint = " (the checkpoint ties it: set tie_word_embeddings)" if name == HEAD else ""
-                problems.append(f"{name} is missing, wants shape {model.specs[name].shape}{hint}")
-                continue
-            value = slices(source, model.specs[name])
-            if value is not None:
-                parameter.copy_(value)
-        if model.lm_head is None and HEAD in extra:
+                problems.append(f"{name} is missing, wants shape {spec.shape}{hint}")
+            elif name in parameters:
+                value = slices(source, spec)
+                if value is not None:
+                    parameters[name].copy_(value)
+        if model.config.tie_word_embeddings and HEAD in extra:
             extra.discard(HEAD)
             if EMBEDDING in where:
-                head, embedding = slices(HEAD, model.specs[EMBEDDING]), slices(EMBEDDING, model.specs[EMBEDDING])
+                head, embedding = slices(HEAD, specs[EMBEDDING]), slices(EMBEDDING, specs[EMBEDDING])
                 if head is not None and embedding is not None and not torch.equal(head, embedding):
                     problems.append(f"{HEAD} differs from {EMBEDDING}, wants it equal or absent: config.json ties them")
     problems += [f"{name} is not a parameter of the model, wants it absent" for name in sorted(extra)]
+    refuse("load_checkpoint", directory, problems)
+    model.base_loaded()
+
+
+def _quantise(part: Any, spec: ParamSpec) -> NF4Tensor:
+    """This process's slices of a tensor in a file as NF4, some rows at a time: the whole is never in memory. fp16 counts
+    as fp32, whose absmax loses nothing."""
+    (first, last), (left, right) = spec.slices
+    rows = max(1, QUANTISE_ELEMENTS // max(1, right - left))
+    codes: torch.Tensor | None = None
+    for start in range(first, last, rows):
+        stop = min(last, start + rows)
+        piece = part[start:stop, left:right]
+        try:
+            weight = nf4_quantize(piece.float() if piece.dtype == torch.float16 else piece)
+        except ValueError as error:
+            raise ValueError(f"rows {start} to {stop - 1}: {error}") from None
+        if codes is None:
+            codes = weight.codes.new_empty(last - first, weight.codes.shape[1])
+            absmax = weight.absmax.new_empty(last - first, weight.absmax.shape[1])
+        codes[start - first : stop - first], absmax[start - first : stop - first] = weight.codes, weight.absmax
+    assert codes is not None
+    return NF4Tensor(codes, absmax, right - left, weight.blocksize)
+
+
+def refuse(op: str, directory: Path, problems: list[str]) -> None:
+    """One error that lists what does not fit, if anything does not."""
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise ValueError(f"load_checkpoint: {directory} does not fit the model: " + "\n  ".join(shown))
+        raise ValueError(f"{op}: {directory} does not fit the model: " + "\n  ".join(shown))
 
 
 def _tensor_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> file; model.safetensors before the index where both lie there, as transformers does."""
     if (directory / SINGLE).is_file():
-        return dict.fromkeys(_open(directory / SINGLE).keys(), directory / SINGLE)
+        return dict.fromkeys(open_tensors(directory / SINGLE).keys(), directory / SINGLE)
     if not (directory / INDEX).is_file():
         found = sorted(p.name for p in directory.glob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf"))
         raise ValueError(
@@ -97,7 +165,8 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
         ) from None
 
 
-def _open(path: Path) -> Any:
+def open_tensors(path: Path) -> Any:
+    """The file, memory mapped. Opened for each tensor anew: pages that were read stay resident until the mapping goes."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
@@ -125,6 +194,8 @@ def save_checkpoint(
         dtype: of the stored tensors; None is the compute dtype, which is what the forward multiplies by.
     """
     directory, dtype = Path(directory), dtype or model.compute_dtype
+    if model.tuning.lora:
+        raise ValueError("save_checkpoint: the model has adapters, wants one without; save_adapter writes them")
     directory.mkdir(parents=True, exist_ok=True)
     for name, spec in model.specs.items():
         if spec.local_shape != spec.shape:
@@ -142,26 +213,26 @@ def save_checkpoint(
     files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
         tensors = {name: parameters[name].detach().to("cpu", dtype).contiguous() for name in names}
-        _write(directory / file, functools.partial(save_file, tensors, metadata={"format": "pt"}))
+        write_file(directory / file, functools.partial(save_file, tensors, metadata={"format": "pt"}))
     if len(shards) > 1:
         total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
         index = {
             "metadata": {"total_size": total},
             "weight_map": {name: file for file, names in zip(files, shards, strict=True) for name in names},
         }
-        _write_json(directory / INDEX, index)
+        write_json(directory / INDEX, index)
     for stale in {directory / SINGLE, directory / INDEX, *directory.glob("model-*-of-*.safetensors")}:
         if stale.name not in files and not (stale.name == INDEX and len(shards) > 1):
             stale.unlink(missing_ok=True)  # of an earlier save: transformers would prefer model.safetensors to the index
-    _write_json(directory / "config.json", {**model.config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")})
+    write_json(directory / "config.json", {**model.config.to_hf(), "torch_dtype": str(dtype).removeprefix("torch.")})
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    _write(path, lambda aside: aside.write_text(text))
+    write_file(path, lambda aside: aside.write_text(text))
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes aside, syncs, renames; what a failed write (a full disk) left behind is removed."""
     aside = path.with_name(path.name + ".tmp")
     try:

@@ -2,7 +2,8 @@
 
 Every key of a config.json is read, known to have no effect here, or an error that names it: a field that is ignored is a
 model that is silently another one. Absent keys have the values that transformers gives them for the family.
-Not supported: mixture of experts, quantised checkpoints, rotary embedding of a part of the head, rope types other than
+A quantization_config of bitsandbytes' NF4 is read (`quantised`), others are errors.
+Not supported: mixture of experts, rotary embedding of a part of the head, rope types other than
 those of ROPE_KEYS, dropout.
 """
 
@@ -44,6 +45,7 @@ class ModelConfig:
     sliding_window: int | None = None  # a token sees this many tokens, itself included, in layers of type SLIDING
     layer_types: tuple[str, ...] = ()  # FULL or SLIDING per layer; (): FULL everywhere
     initializer_range: float = 0.02  # standard deviation of the initial weights
+    quantised: bool = False  # the checkpoint holds linears of the blocks in bitsandbytes' NF4; `to_hf` is of a plain one
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
@@ -165,7 +167,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"), "attention_dropout": (0, None), "hidden_dropout": (0, None), "embd_pdrop": (0, None),
     "resid_pdrop": (0, None), "attention_bias": (False, None), "mlp_bias": (False, None), "sliding_window": (None,),
     "use_sliding_window": (False, None), "partial_rotary_factor": (1, None), "pretraining_tp": (1, None),
-    "is_encoder_decoder": (False, None), "chunk_size_feed_forward": (0, None), "quantization_config": (None,),
+    "is_encoder_decoder": (False, None), "chunk_size_feed_forward": (0, None),
     "auto_map": (None, {}), "num_experts": (None, 0), "num_local_experts": (None, 0), "pruned_heads": (None, {}),
     "add_cross_attention": (False, None), "rope_interleaved": (False, None), "use_mrope": (False, None),
     "tie_encoder_decoder": (False, None),
@@ -257,6 +259,7 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     theta, scaling = _rope(fields, sizes["max_position_embeddings"])
     window, layer_types = _windows(fields, family, sizes["num_hidden_layers"])
     eos = fields.take("eos_token_id")
+    quantised = _quantised(fields.take("quantization_config"))
     config = ModelConfig(
         model_type=kind,
         **sizes,
@@ -271,12 +274,33 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
         sliding_window=window,
         layer_types=layer_types,
         initializer_range=fields.number("initializer_range", float, 0.02),
+        quantised=quantised,
         bos_token_id=fields.optional("bos_token_id", int),
         eos_token_id=tuple(eos) if isinstance(eos, (list, tuple)) else fields.optional("eos_token_id", int),
         pad_token_id=fields.optional("pad_token_id", int),
     )
     fields.refuse_the_rest(fields.taken | set(family.keys), kind)
     return config
+
+
+def _quantised(given: Any) -> bool:
+    """Whether a quantization_config says bitsandbytes' NF4; ValueError for what says anything else."""
+    if not given:
+        return False
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{OP}: quantization_config has {given!r}, wants an object")
+    kind = {
+        "quant_method": given.get("quant_method"),
+        "bits": 8 if given.get("load_in_8bit") else 4 if given.get("load_in_4bit") else given.get("bits"),
+        "type": given.get("bnb_4bit_quant_type", "fp4"),
+        "storage": given.get("bnb_4bit_quant_storage", "uint8"),
+    }
+    if tuple(kind.values()) != ("bitsandbytes", 4, "nf4", "uint8"):
+        said = ", ".join(f"{name} {value}" for name, value in kind.items())
+        raise ValueError(
+            f"{OP}: quantization_config has {said}; wants bitsandbytes, 4 bits, nf4, uint8; or take the plain checkpoint"
+        )
+    return True
 
 
 def _windows(fields: _Fields, family: Family, layers: int) -> tuple[int | None, tuple[str, ...]]:

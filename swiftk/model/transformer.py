@@ -4,9 +4,11 @@
                                   x = x + down(silu(gate(norm(x))) up(norm(x)));   hidden = norm(x)
 
 Parameter names are those of the Hugging Face checkpoint. Trainable parameters are fp32 (fp64 where the compute dtype is)
-and cast to the compute dtype at use; frozen ones are stored in the compute dtype. Everything between the token ids and
-the hidden states is row-invariant (swiftk kernels, gathers, elementwise + and *): a token's hidden state depends on the
-tokens of its document up to it, bit for bit, whether they come packed, alone or one at a time over a cache.
+and cast to the compute dtype at use; frozen ones are stored in the compute dtype. Linears may have LoRA adapters and may be
+held in NF4, as swiftk/model/adapter.py says; adapters that see the same rows (q, k, v; gate, up) read them once. Everything
+between the token ids and the hidden states is row-invariant (swiftk kernels, gathers, elementwise + and *): a token's
+hidden state depends on the tokens of its document up to it, bit for bit, whether they come packed, alone or one at a time
+over a cache.
 
 Activations kept for the backward per token and block, in elements (D query, K key and I inner features, H hidden), Qwen3:
     none       4 H + 3 D + 3 K + 3 I  everything
@@ -14,7 +16,7 @@ Activations kept for the backward per token and block, in elements (D query, K k
     full       H                      the block's input; the whole block again
 Forward and backward take 1.09 and 1.42 times the CPU time of none with selective and full (Zen 3, one thread, fp32, H 512,
 I 1536, 8/4 heads of 64, 512 tokens); under bf16 none also keeps the cast weights of each block.
-Dropout: none. Only the data axis of the mesh may exceed one yet.
+Dropout: of the adapters' inputs only, where `forward` is given its keys. Only the data axis of the mesh may exceed one yet.
 """
 
 from __future__ import annotations
@@ -28,11 +30,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from swiftk.config import TunerConfig
 from swiftk.kernels.attention import varlen_attention
 from swiftk.kernels.linear import linear
+from swiftk.kernels.lora_linear import Adapter, Dropout, lora_linear, lora_linear_group, row_norm_sq
+from swiftk.kernels.nf4 import Nested, NF4Tensor, nf4_quantize
+from swiftk.kernels.nf4_linear import nf4_linear
 from swiftk.kernels.rms_norm import rms_norm
 from swiftk.kernels.rope import rope, rope_table
 from swiftk.kernels.swiglu import swiglu
+from swiftk.model.adapter import LM_HEAD, Tuning, is_adapter, resolve
 from swiftk.model.config import ModelConfig
 from swiftk.model.parameters import initial_value, param_specs
 from swiftk.parallel.mesh import Mesh
@@ -50,10 +57,17 @@ class Ops:
     rope: Callable[..., torch.Tensor]
     swiglu: Callable[..., torch.Tensor]
     varlen_attention: Callable[..., torch.Tensor]
+    nf4_linear: Callable[..., torch.Tensor]
+    lora_linear: Callable[..., torch.Tensor]
+    lora_linear_group: Callable[..., tuple[torch.Tensor, ...]]
 
     @staticmethod
     def native(isa: str) -> Ops:
-        return Ops(*(functools.partial(op, isa=isa) for op in (linear, rms_norm, rope, swiglu, varlen_attention)))
+        bound: dict[str, Any] = {
+            op.__name__: functools.partial(op, isa=isa)
+            for op in (linear, rms_norm, rope, swiglu, varlen_attention, nf4_linear, lora_linear, lora_linear_group)
+        }
+        return Ops(**bound)
 
 
 @dataclass(frozen=True)
@@ -65,34 +79,125 @@ class Rows:
     cu_seqlens_k: torch.Tensor  # the same, plus what is cached
     cos: torch.Tensor
     sin: torch.Tensor
+    seed_step: torch.Tensor | None  # with token_index, the keys of the dropout; None: no dropout
+    token_index: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What every leaf is made with."""
+
+    new: Callable[[str], nn.Parameter | None]  # name -> its first value; None where there is no such parameter
+    ops: Ops
+    dtype: torch.dtype  # of compute
+    tuning: Tuning
 
 
 class _Leaf(nn.Module):
-    """A weight and perhaps a bias, named by the module's place, used in the compute dtype."""
+    """A weight and perhaps more, named by the module's place, used in the compute dtype."""
 
-    weight: nn.Parameter
+    weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, name: str, new: Callable[[str], nn.Parameter | None], ops: Ops, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, make: Maker, *more: str) -> None:
         super().__init__()
-        self.register_parameter("weight", new(f"{name}.weight"))
-        self.register_parameter("bias", new(f"{name}.bias"))
-        self.ops, self.dtype = ops, dtype
+        for kind in ("weight", "bias", *more):
+            self.register_parameter(kind, make.new(f"{name}.{kind}"))
+        self.ops, self.dtype, self.scale = make.ops, make.dtype, make.tuning.scale
 
 
 class Embedding(_Leaf):
+    weight: nn.Parameter
+    lora_embedding_A: nn.Parameter | None
+    lora_embedding_B: nn.Parameter | None
+
+    def __init__(self, name: str, make: Maker) -> None:
+        super().__init__(name, make, "lora_embedding_A", "lora_embedding_B")
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return nn.functional.embedding(input_ids, self.weight).to(self.dtype)
+        y = nn.functional.embedding(input_ids, self.weight).to(self.dtype)
+        if self.lora_embedding_A is None or self.lora_embedding_B is None:
+            return y
+        s = self.scale * nn.functional.embedding(input_ids, self.lora_embedding_A.t())  # (total, rank)
+        return y + self.ops.linear(s.to(self.dtype), self.lora_embedding_B.to(self.dtype))
 
 
 class Linear(_Leaf):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ops.linear(x, self.weight.to(self.dtype), None if self.bias is None else self.bias.to(self.dtype))
+    """A weight in the compute dtype or fp32, or in NF4 (`nf4`, in buffers); perhaps a LoRA adapter on it."""
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None
+    weight_norm_sq: torch.Tensor | None  # squared norms of the rows of the weight, for DoRA
+    codes: torch.Tensor | None
+    absmax: torch.Tensor | None
+    nested_code_map: torch.Tensor | None
+    nested_absmax: torch.Tensor | None
+    nested_offset: torch.Tensor | None
+
+    def __init__(self, name: str, make: Maker) -> None:
+        super().__init__(name, make, "lora_A", "lora_B", "lora_magnitude_vector")
+        self.number, self.p = make.tuning.numbers[name], make.tuning.config.lora_dropout
+        self.register_buffer("weight_norm_sq", None, persistent=False)
+        for buffer in ("codes", "absmax", "nested_code_map", "nested_absmax", "nested_offset"):
+            self.register_buffer(buffer, None)
+        if name in make.tuning.quantised and self.weight is not None:
+            weight, self.weight = self.weight, None
+            self.set_nf4(nf4_quantize(weight.detach()))
+
+    def set_nf4(self, weight: NF4Tensor) -> None:
+        self.codes, self.absmax, self.in_features, self.blocksize = weight[:4]
+        if weight.nested is not None:
+            self.nested_code_map, self.nested_absmax, self.nested_offset = weight.nested
+
+    @property
+    def base(self) -> torch.Tensor | NF4Tensor:
+        """The weight without its adapter."""
+        if self.weight is not None:
+            return self.weight.to(self.dtype)
+        assert self.codes is not None and self.absmax is not None, "a quantised weight that was not loaded"
+        nested = None
+        if self.nested_code_map is not None and self.nested_absmax is not None and self.nested_offset is not None:
+            nested = Nested(self.nested_code_map, self.nested_absmax, self.nested_offset)
+        return NF4Tensor(self.codes, self.absmax, self.in_features, self.blocksize, nested)
+
+    @property
+    def adapter(self) -> Adapter | None:
+        if self.lora_A is None or self.lora_B is None:
+            return None
+        return Adapter(self.lora_A, self.lora_B, self.scale, self.lora_magnitude_vector, self.weight_norm_sq)
+
+    def dropout(self, rows: Rows) -> Dropout | None:
+        if rows.seed_step is None or rows.token_index is None or self.p == 0:
+            return None
+        return Dropout(self.p, rows.seed_step, self.number, rows.token_index)
+
+    def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        bias, adapter = None if self.bias is None else self.bias.to(self.dtype), self.adapter
+        if adapter is not None:
+            return self.ops.lora_linear(x, self.base, adapter, bias, dropout=self.dropout(rows))
+        return (self.ops.linear if self.weight is not None else self.ops.nf4_linear)(x, self.base, bias)
+
+
+def project(x: torch.Tensor, leaves: tuple[Linear, ...], rows: Rows) -> tuple[torch.Tensor, ...]:
+    """Each leaf of x; those with an adapter in one call, which reads x once for all of their A."""
+    adapters = [leaf.adapter for leaf in leaves]
+    if sum(a is not None for a in adapters) < 2:
+        return tuple(leaf(x, rows) for leaf in leaves)
+    group = [(leaf, a) for leaf, a in zip(leaves, adapters, strict=True) if a is not None]
+    found = iter(leaves[0].ops.lora_linear_group(
+        x, tuple(leaf.base for leaf, _ in group), tuple(a for _, a in group),
+        tuple(None if leaf.bias is None else leaf.bias.to(leaf.dtype) for leaf, _ in group),
+        dropouts=tuple(leaf.dropout(rows) for leaf, _ in group),
+    ))  # fmt: skip
+    return tuple(leaf(x, rows) if a is None else next(found) for leaf, a in zip(leaves, adapters, strict=True))
 
 
 class RMSNorm(_Leaf):
-    def __init__(self, name: str, new: Callable[[str], nn.Parameter | None], ops: Ops, dtype: torch.dtype, eps: float) -> None:
-        super().__init__(name, new, ops, dtype)
+    weight: nn.Parameter
+
+    def __init__(self, name: str, make: Maker, eps: float) -> None:
+        super().__init__(name, make)
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -100,19 +205,20 @@ class RMSNorm(_Leaf):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, make: dict[str, Any]) -> None:
+    def __init__(self, config: ModelConfig, layer: int, make: Maker) -> None:
         super().__init__()
         name = f"model.layers.{layer}.self_attn"
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(f"{name}.{p}_proj", **make) for p in "qkvo")
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (Linear(f"{name}.{p}_proj", make) for p in "qkvo")
         if config.qk_norm:
-            self.q_norm = RMSNorm(f"{name}.q_norm", **make, eps=config.rms_norm_eps)
-            self.k_norm = RMSNorm(f"{name}.k_norm", **make, eps=config.rms_norm_eps)
+            self.q_norm = RMSNorm(f"{name}.q_norm", make, eps=config.rms_norm_eps)
+            self.k_norm = RMSNorm(f"{name}.k_norm", make, eps=config.rms_norm_eps)
         self.qk_norm, self.head_dim, self.layer = config.qk_norm, config.head_dim, layer
         self.window_size = config.window_size(layer)
-        self.ops: Ops = make["ops"]
+        self.ops = make.ops
 
     def forward(self, x: torch.Tensor, rows: Rows, cache: KVCache | None) -> torch.Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = project(x, (self.q_proj, self.k_proj, self.v_proj), rows)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projections)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q = self.ops.rope(q, rows.cos, rows.sin, rows.positions)
@@ -123,43 +229,46 @@ class Attention(nn.Module):
         out = self.ops.varlen_attention(
             q, k, v, rows.cu_seqlens_q, rows.cu_seqlens_k, causal=True, window_size=self.window_size
         )  # (total, heads, head_dim)
-        return self.o_proj(out.flatten(-2))
+        return self.o_proj(out.flatten(-2), rows)
 
 
 class MLP(nn.Module):
-    def __init__(self, layer: int, make: dict[str, Any]) -> None:
+    def __init__(self, layer: int, make: Maker) -> None:
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = (
-            Linear(f"model.layers.{layer}.mlp.{p}_proj", **make) for p in ("gate", "up", "down")
+            Linear(f"model.layers.{layer}.mlp.{p}_proj", make) for p in ("gate", "up", "down")
         )
-        self.ops: Ops = make["ops"]
+        self.ops = make.ops
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+    def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return self.down_proj(self.ops.swiglu(*project(x, (self.gate_proj, self.up_proj), rows)), rows)
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, make: dict[str, Any]) -> None:
+    def __init__(self, config: ModelConfig, layer: int, make: Maker) -> None:
         super().__init__()
         name, eps = f"model.layers.{layer}", config.rms_norm_eps
-        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", **make, eps=eps)
+        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", make, eps=eps)
         self.self_attn = Attention(config, layer, make)
-        self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", **make, eps=eps)
+        self.post_attention_layernorm = RMSNorm(f"{name}.post_attention_layernorm", make, eps=eps)
         self.mlp = MLP(layer, make)
 
     def forward(self, x: torch.Tensor, rows: Rows, cache: KVCache | None = None) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rows, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), rows)
 
 
 class Body(nn.Module):
     """Everything below the head; its name in the checkpoint is "model"."""
 
-    def __init__(self, config: ModelConfig, make: dict[str, Any]) -> None:
+    def __init__(self, config: ModelConfig, make: Maker) -> None:
         super().__init__()
-        self.embed_tokens = Embedding("model.embed_tokens", **make)
+        self.embed_tokens = Embedding("model.embed_tokens", make)
         self.layers = nn.ModuleList(Block(config, i, make) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm("model.norm", **make, eps=config.rms_norm_eps)
+        self.norm = RMSNorm("model.norm", make, eps=config.rms_norm_eps)
+
+
+NO_TUNER = TunerConfig(tuner_type="full")
 
 
 class Model(nn.Module):
@@ -174,7 +283,10 @@ class Model(nn.Module):
         isa: instruction set of the CPU kernels: "auto", "avx512", "avx2" or "portable".
         recompute: activations computed again in the backward: "none", "selective" or "full"; results are bitwise equal.
             With "selective", a forward can be followed by one backward (no retain_graph).
-        trainable: which parameters are, by name; the others have no gradient and are stored in compute_dtype.
+        tuner: adapters and quantisation; the default is neither. With seed None and an adapter, `load_checkpoint` comes first.
+        adapter_seed: of the adapters' initial values, which are drawn in any case.
+        trainable: which parameters are, by name; the others have no gradient and are stored in compute_dtype. None: what
+            `tuner` trains (`self.tuning.trains`).
         ops: other kernels than swiftk's own, for tests.
     Raises: ValueError for a wrong argument.
     """
@@ -184,8 +296,8 @@ class Model(nn.Module):
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh, *, compute_dtype: torch.dtype = torch.float32, seed: int | None = 0,
-        isa: str = "auto", recompute: str = "selective", trainable: Callable[[str], bool] = lambda name: True,
-        ops: Ops | None = None,
+        isa: str = "auto", recompute: str = "selective", tuner: TunerConfig = NO_TUNER, adapter_seed: int = 0,
+        trainable: Callable[[str], bool] | None = None, ops: Ops | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         for axis in ("pp", "cp", "ep", "tp"):
@@ -196,35 +308,71 @@ class Model(nn.Module):
         if compute_dtype not in (torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"Model: compute_dtype has {compute_dtype}, wants torch.bfloat16, torch.float32 or torch.float64")
         self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
-        self.specs = param_specs(config, mesh)
+        self.tuning = resolve(config, tuner)
+        trains = self.tuning.trains if trainable is None else trainable
+        self.specs = param_specs(config, mesh, self.tuning)
         self.ops = Ops.native(isa) if ops is None else ops
         master = torch.promote_types(compute_dtype, torch.float32)
 
         def new(name: str) -> nn.Parameter | None:
             spec = self.specs.get(name)
-            if spec is None:
+            if spec is None or (seed is None and name.removesuffix(".weight") in self.tuning.quantised):
                 return None
-            dtype = master if trainable(name) else compute_dtype
-            if seed is None:
+            dtype = master if trains(name) else compute_dtype
+            value_seed = adapter_seed if is_adapter(name) else seed
+            if value_seed is None:
                 value = torch.empty(spec.local_shape, dtype=dtype)
             else:
-                value = initial_value(spec, seed, config.initializer_range).to(dtype)
-            return nn.Parameter(value, requires_grad=trainable(name))
+                value = initial_value(spec, value_seed, config.initializer_range, tuner.init_weights).to(dtype)
+            return nn.Parameter(value, requires_grad=trains(name))
 
-        make: dict[str, Any] = {"new": new, "ops": self.ops, "dtype": compute_dtype}
+        make = Maker(new, self.ops, compute_dtype, self.tuning)
         self.model = Body(config, make)
-        self.lm_head = None if config.tie_word_embeddings else Linear("lm_head", **make)
+        has_head = not config.tie_word_embeddings or LM_HEAD in self.tuning.adapted
+        self.lm_head = Linear(LM_HEAD, make) if has_head else None  # tied and adapted: an adapter on the embedding's weight
         cos, sin = rope_table(
             config.head_dim, config.max_position_embeddings, theta=config.rope_theta, scaling=config.rope_scaling, dtype=master
         )
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+        if seed is not None:
+            self.base_loaded()
+
+    def linears(self) -> dict[str, Linear]:
+        """Module name -> linear, the head among them where it has one."""
+        return {name: leaf for name, leaf in self.named_modules() if isinstance(leaf, Linear)}
+
+    @torch.no_grad()
+    def base_loaded(self) -> None:
+        """What adapters take from the weights they stand on; to be called when those have changed. DoRA starts from the
+        norms of their rows."""
+        for name, leaf in self.linears().items():
+            if leaf.lora_magnitude_vector is not None:
+                base = self.head_base if name == LM_HEAD else leaf.base
+                leaf.weight_norm_sq = row_norm_sq(base, torch.promote_types(self.compute_dtype, torch.float32))
+                leaf.lora_magnitude_vector.copy_(leaf.weight_norm_sq.sqrt())
+
+    @property
+    def head_base(self) -> torch.Tensor:
+        """(vocab, H), the head's weight without its adapter, in the compute dtype."""
+        own = None if self.lm_head is None else self.lm_head.weight
+        return (self.model.embed_tokens.weight if own is None else own).to(self.compute_dtype)
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """(vocab, H) in the compute dtype, differentiable: what linear_cross_entropy and token_logprobs take."""
-        leaf = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return leaf.weight.to(self.compute_dtype)
+        """(vocab, H) in the compute dtype, differentiable: what linear_cross_entropy and token_logprobs take.
+
+        With an adapter g (W + s B A) as a matrix: its gradient is vocab x H, and the head's adapter has no dropout.
+        """
+        weight, adapter = self.head_base, None if self.lm_head is None else self.lm_head.adapter
+        if adapter is None:
+            return weight
+        a, b = adapter.a.to(weight.dtype), adapter.b.to(weight.dtype)
+        weight = weight + self.tuning.scale * self.ops.linear(b, a.t())
+        if adapter.magnitude is None:
+            return weight
+        norm = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=adapter.magnitude.dtype)
+        return weight * (adapter.magnitude / norm).to(weight.dtype)[:, None]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (..., H) -> (..., vocab) in the compute dtype, differentiable; the losses and token_logprobs keep the
@@ -239,8 +387,9 @@ class Model(nn.Module):
         return [(empty, empty) for _ in self.model.layers]
 
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor, kv_cache: KVCache | None = None
-    ) -> torch.Tensor:
+        self, input_ids: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor, kv_cache: KVCache | None = None, *,
+        seed_step: torch.Tensor | None = None, token_index: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Hidden states after the last norm, (total, H) in the compute dtype.
 
         Args:
@@ -249,6 +398,8 @@ class Model(nn.Module):
             cu_seqlens: (documents + 1,) int32, offsets of the documents; attention stays inside them.
             kv_cache: keys and values of the tokens before these, of one sequence (see `new_cache`); its entries are
                 replaced by longer ones. Not differentiable through the cache's past.
+            seed_step, token_index: (2,) and (total,) int64, keys of the dropout of the adapters' inputs: the seed and the
+                step, and a number for each token that no other token of the step has. None: no dropout.
         """
         if input_ids.dim() != 1 or positions.shape != input_ids.shape:
             raise ValueError(
@@ -269,7 +420,7 @@ class Model(nn.Module):
                 raise ValueError(f"Model: cu_seqlens has {cu_seqlens.numel() - 1} documents, a kv_cache holds 1")
             past = torch.tensor([0, kv_cache[0][0].shape[0]], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
             cu_seqlens_k = cu_seqlens + past
-        rows = Rows(positions, cu_seqlens, cu_seqlens_k, self.rope_cos, self.rope_sin)
+        rows = Rows(positions, cu_seqlens, cu_seqlens_k, self.rope_cos, self.rope_sin, seed_step, token_index)
         x = self.model.embed_tokens(input_ids)
         for block in self.model.layers:
             if self.recompute == "none" or kv_cache is not None or not torch.is_grad_enabled():
@@ -282,7 +433,9 @@ class Model(nn.Module):
 
 
 # Operators whose outputs are worth their memory: computing them again is bound by arithmetic, not by bytes.
-KEEP = {"swiftk::linear_fwd", "swiftk::varlen_attention_fwd"}
+KEEP = {
+    "swiftk::linear_fwd", "swiftk::nf4_linear_fwd", "swiftk::lora_linear_fwd", "swiftk::varlen_attention_fwd",
+}  # fmt: skip
 
 
 def _policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:

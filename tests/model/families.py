@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from swiftk.model import Model, ModelConfig, load_checkpoint
+from swiftk.model.adapter import is_adapter
 from swiftk.parallel.mesh import Mesh
 
 SIZES = dict(
@@ -46,6 +47,14 @@ def make_ours(family: str, directory: Path, dtype: torch.dtype = torch.float32, 
     ours = Model(ModelConfig.from_hf(directory), Mesh.single(), compute_dtype=dtype, seed=None, **options)
     load_checkpoint(ours, directory)
     return ours, theirs
+
+
+def stir(model: Model) -> None:
+    """Adapters off their first values, where B is zero and nothing would be seen of them."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and is_adapter(name):
+                p.add_(torch.randn_like(p), alpha=0.3 * float(p.abs().mean()) if p.dim() == 1 else 0.1)
 
 
 def pack(*lengths: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

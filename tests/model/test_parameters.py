@@ -6,7 +6,9 @@ import pytest
 import torch
 import transformers
 
+from swiftk.config import TunerConfig
 from swiftk.model import Model, ModelConfig
+from swiftk.model.adapter import resolve
 from swiftk.model.parameters import initial_value, param_specs
 from swiftk.parallel.comm import SingleComm
 from swiftk.parallel.mesh import Axis, Mesh
@@ -35,8 +37,9 @@ def test_names_and_shapes_are_the_checkpoints(family):
 def test_parts_of_two_ranks_make_the_whole(family):
     """Each spec's two parts, drawn apart, are the value that one process draws."""
     config = ModelConfig.from_hf(FAMILIES[family].to_dict() | {"vocab_size": 98, "hidden_size": 704})  # several blocks of rows
-    whole = param_specs(config, Mesh.single())
-    parts = [param_specs(config, tensor_mesh(rank, 2)) for rank in range(2)]
+    full = resolve(config, TunerConfig("full"))
+    whole = param_specs(config, Mesh.single(), full)
+    parts = [param_specs(config, tensor_mesh(rank, 2), full) for rank in range(2)]
     for name, spec in whole.items():
         value = initial_value(spec, 7, 0.02)
         assert tuple(value.shape) == spec.shape == spec.local_shape
@@ -67,4 +70,4 @@ def test_first_values_follow_seed_and_name():
 def test_heads_that_do_not_divide_are_refused():
     config = ModelConfig.from_hf(FAMILIES["llama"].to_dict())
     with pytest.raises(ValueError, match="Model: num_attention_heads has 4, wants a multiple of the tensor axis's size 3"):
-        param_specs(config, tensor_mesh(0, 3))
+        param_specs(config, tensor_mesh(0, 3), resolve(config, TunerConfig("full")))

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves
 from swiftk.kernels.attention.varlen import varlen_attention_ref
 from swiftk.kernels.linear import linear_ref
 from swiftk.kernels.linear_cross_entropy import token_logprobs
+from swiftk.kernels.lora_linear import lora_linear_ref
+from swiftk.kernels.nf4_linear import nf4_linear_ref
 from swiftk.kernels.rms_norm import rms_norm_ref
 from swiftk.kernels.rope import rope_ref
 from swiftk.kernels.swiglu import swiglu_ref
@@ -22,7 +24,17 @@ from swiftk.parallel.comm import SingleComm
 from swiftk.parallel.mesh import Axis, Mesh
 from tests.model.families import FAMILIES, make_ours, pack
 
-REFERENCES = Ops(linear_ref, rms_norm_ref, rope_ref, swiglu_ref, lambda *args, **kw: varlen_attention_ref(*args, **kw)[0])
+
+def lora_linear_group_ref(x, weights, adapters, biases, *, dropouts):
+    return tuple(
+        lora_linear_ref(x, *given, dropout=d) for *given, d in zip(weights, adapters, biases, dropouts, strict=True)
+    )
+
+
+REFERENCES = Ops(
+    linear_ref, rms_norm_ref, rope_ref, swiglu_ref, lambda *args, **kw: varlen_attention_ref(*args, **kw)[0],
+    nf4_linear_ref, lora_linear_ref, lora_linear_group_ref,
+)  # fmt: skip
 
 
 def assert_close(ours, theirs, bound):

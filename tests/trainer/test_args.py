@@ -26,7 +26,7 @@ def test_command_line_types():
     assert a.data.dataset == ("a.jsonl",) and a.data.val_dataset == ("b.jsonl", "c.jsonl#5")
     assert a.data.packing is True and a.data.columns == {"q": "query"} and a.data.system == "be kind"
     assert a.optim.learning_rate == 1e-4 and a.run.max_steps == -1 and a.data.max_length is None
-    assert a.run.tuner_type == "full" and not a.preset and a.warnings == ()
+    assert a.tuner.tuner_type == "lora" and not a.preset and a.warnings == ()
 
 
 def test_yaml_blocks_are_flattened_and_the_command_line_wins(tmp_path):
@@ -47,7 +47,7 @@ def test_an_alias_is_read_and_warned_of_once(old, new):
         assert read(f"--{old}", "false").warnings == ()
         return
     value = {"model": "m2", "dataset": "d", "output_dir": "o", "tuner_type": "full", "packing": "true", "warmup_ratio": "0.5",
-             "lr_scheduler_type": "linear"}.get(new, "1")  # fmt: skip
+             "lr_scheduler_type": "linear", "quant_bits": "4"}.get(new, "1")  # fmt: skip
     argv = [*(a for a in MODEL if new not in ("model", "dataset")), f"--{old}", value]
     if new in ("model", "dataset"):
         argv += ["--dataset", "a"] if new == "model" else ["--model", "m"]
@@ -64,8 +64,8 @@ def parse_like(parsed, text):
 
 def test_aliases_that_convert():
     assert read("--train_type", "pt").data.stage == "pt"
-    assert read("--train_type", "full").run.tuner_type == "full"
-    assert read("--use_lora", "false").run.tuner_type == "full"
+    assert read("--train_type", "full").tuner.tuner_type == "full"
+    assert read("--use_lora", "false").tuner.tuner_type == "full"
     assert read("--gradient_checkpointing", "true").run.recompute_granularity == "full"
     a = read("--per-device-train-batch-size", "2", "--gradient_accumulation_steps", "3", world_size=4)
     assert a.run.global_batch_size == 24
@@ -73,9 +73,9 @@ def test_aliases_that_convert():
 
 @pytest.mark.parametrize(("old", "new"), sorted(VALUE_ALIASES["optim"].items()))
 def test_other_spellings_of_an_optimizer(old, new):
-    a = read("--optim", old)
+    a = read("--optim", old, "--tuner_type", "full")
     assert a.optim.optim == new and a.warnings == (f"optim {old} is read as {new}",)
-    assert read("--optim", new).warnings == ()
+    assert read("--optim", new, "--tuner_type", "full").warnings == ()
 
 
 @pytest.mark.parametrize(
@@ -96,12 +96,18 @@ def test_other_spellings_of_an_optimizer(old, new):
         (["--lr", "1", "--learning_rate", "2"], "learning_rate is given twice"),
         (["--micro_batch_size", "0"], "micro_batch_size: has 0, wants more than 0"),
         (["--learning_rate", "-1"], "learning_rate: has -1.0, wants at least 0"),
-        (["--tuner_type", "lora"], "tuner_type: lora is not there yet, wants full"),
-        (["--train_type", "lora"], "tuner_type: lora is not there yet"),
+        (["--tuner_type", "adalora"], "tuner_type: adalora is not there yet, wants full or lora or qlora"),
+        (["--train_type", "longlora"], "tuner_type: longlora is not there yet"),
         (["--stage", "dpo"], "stage: dpo is not there yet, wants pt or sft"),
         (["--stage", "sftt"], r"stage: has 'sftt', wants pt or sft \(the nearest is sft\)"),
-        (["--lora_rank", "8"], "lora_rank: LoRA is not there yet; remove the key"),
-        (["--quant_bits", "4"], "quant_bits: quantisation is not there yet"),
+        (["--lora_rank", "8", "--tuner_type", "full"], "lora_rank: is given with tuner_type full, wants tuner_type lora"),
+        (["--lora_rank", "0"], "lora_rank: has 0, wants more than 0"),
+        (["--lora_dropout", "1"], "lora_dropout: has 1.0, wants 0 <= x < 1"),
+        (["--init_weights", "pissa"], "init_weights: pissa is not there yet, wants true or gaussian"),
+        (["--quant_bits", "8"], "quant_bits: has 8, wants 4"),
+        (["--quant_method", "bnb"], "quant_method: has bnb without quant_bits, wants --quant_bits 4"),
+        (["--quant_bits", "4", "--tuner_type", "full"], "quant_bits: has 4 with tuner_type full, wants tuner_type lora"),
+        (["--adapters", "a", "b"], "adapters: has 2 directories, wants one"),
         (["--zero_stage", "2"], "zero_stage: a sharded optimizer is not there yet"),
         (["--tp_size", "2"], "tensor_model_parallel_size: has 2, wants 1: tensor parallelism is not there yet"),
         (["--padding_free", "false"], "padding_free: has False, wants true"),
@@ -117,6 +123,27 @@ def test_other_spellings_of_an_optimizer(old, new):
 def test_errors(argv, message):
     with pytest.raises(ArgumentError, match=message):
         read(*argv)
+
+
+def test_the_tuner_is_made_explicit():
+    """LoRA is the default on a checkpoint, with its own rate; qlora is two more keys; random weights are trained whole."""
+    a = read()
+    assert (a.tuner.tuner_type, a.optim.learning_rate, a.tuner.quant_bits) == ("lora", 1e-4, None)
+    a = read("--tuner_type", "qlora", "--learning_rate", "2e-4", "--target_modules", "q_proj", "v_proj")
+    assert (a.tuner.tuner_type, a.tuner.quant_method, a.tuner.quant_bits) == ("lora", "bnb", 4)
+    assert a.optim.learning_rate == 2e-4 and a.tuner.target_modules == ("q_proj", "v_proj")
+    assert read("--quantization_bit", "4").tuner == a.tuner.__class__("lora", quant_method="bnb", quant_bits=4)
+    assert read("--quant_bits", "0", "--quant_method", "none").tuner == read().tuner
+    a = read("--tuner_type", "full")
+    assert a.tuner.tuner_type == "full" and a.optim.learning_rate is None
+    assert parse([], preset=str(PRESET)).tuner.tuner_type == "full"
+    assert {"tuner_type", "lora_rank", "quant_bits"} <= a.flat().keys()
+
+
+def test_yaml_true_is_the_initial_weights_name(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: m\ndataset: d\ntuner: {tuner_type: lora, init_weights: true, lora_alpha: 16}\n")
+    a = parse([str(tmp_path / "c.yaml")], preset=str(PRESET))
+    assert a.tuner.init_weights == "true" and a.tuner.lora_alpha == 16
 
 
 def test_dataset_without_model_names_both():

@@ -26,8 +26,8 @@ def whole():
     """All documents of all ranks in one batch, by hand."""
     parts = [b for rank in range(2) for b in micro_batches(rank)]
     lengths = torch.cat([b.cu_seqlens[1:] - b.cu_seqlens[:-1] for b in parts])
-    cat = [torch.cat([getattr(b, name) for b in parts]) for name in ("input_ids", "labels", "positions")]
-    return toy.Batch(*cat, torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(), rows=tuple(range(len(lengths))))
+    cat = [torch.cat([getattr(b, name) for b in parts]) for name in ("input_ids", "labels", "positions", "token_index")]
+    return toy.Batch(*cat[:3], torch.cat([torch.zeros(1), lengths.cumsum(0)]).int(), cat[3], tuple(range(len(lengths))))
 
 
 def oracle_gradients():

@@ -23,12 +23,11 @@ SHAPE = {
 }  # fmt: skip
 
 
-def transformers_losses(checkpoint, dataset, plan, optim, dtype):
+def transformers_losses(model, dataset, plan, optim, dtype):
     """An ordinary loop: padded rows, an attention mask, weights in fp32 under autocast, decay as in transformers' trainer."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    groups = [{"params": matrices, "weight_decay": optim.weight_decay},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": optim.weight_decay},
+              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps)
     losses = []
     for step in range(STEPS):
@@ -45,7 +44,7 @@ def transformers_losses(checkpoint, dataset, plan, optim, dtype):
             logits = model(ids, attention_mask=mask).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, STEPS, optim)
         optimizer.step()
@@ -67,8 +66,8 @@ def test_twenty_steps_follow_transformers(tmp_path, dtype, bound):
 
     settings = dict(learning_rate=5e-3, weight_decay=0.1, max_grad_norm=1.0, warmup_ratio=0.1)
     toy.launch(toy.arguments(
-        tmp_path, model_config={}, tokenizer=None, model=str(start), dataset=(str(rows),), split_dataset_ratio=0.0,
-        max_steps=STEPS, save_steps=0, global_batch_size=BATCH, micro_batch_size=2, torch_dtype=dtype,
+        tmp_path, model_config={}, tokenizer=None, model=str(start), tuner_type="full", dataset=(str(rows),),
+        split_dataset_ratio=0.0, max_steps=STEPS, save_steps=0, global_batch_size=BATCH, micro_batch_size=2, torch_dtype=dtype,
         recompute_granularity="selective", **settings,
     ))  # fmt: skip
     ours = [line["loss"] for line in toy.logged(next((tmp_path / "out").glob("v0-*")))]
@@ -76,7 +75,8 @@ def test_twenty_steps_follow_transformers(tmp_path, dtype, bound):
     dataset = load_dataset(data, tokenizer, config.max_position_embeddings)
     length = config.max_position_embeddings
     plan = BatchPlan(dataset.lengths, packing_length=length, micro_batch_size=2, global_batch_size=BATCH, seed=42)
-    theirs = transformers_losses(start, dataset, plan, OptimConfig(**settings), getattr(torch, dtype))
+    model = transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32, attn_implementation="eager")
+    theirs = transformers_losses(model, dataset, plan, OptimConfig(**settings), getattr(torch, dtype))
     assert len(ours) == STEPS and ours[-1] < 0.8 * ours[0]
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a == pytest.approx(b, rel=bound), f"step {step}: {a} against {b}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from swiftk.config import DataConfig, OptimConfig, ParallelConfig, RunConfig
+from swiftk.config import DataConfig, OptimConfig, ParallelConfig, RunConfig, TunerConfig
 from swiftk.model import Model, ModelConfig
 from swiftk.parallel.comm import Comm
 from swiftk.parallel.mesh import Mesh
@@ -42,7 +42,7 @@ def arguments(folder: Path, **changes: object) -> dict[str, object]:
     if not rows.exists():
         write_rows(rows)
     base: dict[str, object] = dict(
-        model_config=MODEL, tokenizer="train", dataset=(str(rows),), split_dataset_ratio=0.1, packing=True,
+        model_config=MODEL, tuner_type="full", tokenizer="train", dataset=(str(rows),), split_dataset_ratio=0.1, packing=True,
         output_dir=str(folder / "out"), micro_batch_size=1, global_batch_size=3, max_steps=6, save_steps=3, logging_steps=1,
         learning_rate=0.01, report_to=("none",), torch_dtype="float32", recompute_granularity="none", peak_tflops=0.1,
     )  # fmt: skip
@@ -66,7 +66,7 @@ def launch(keys: dict[str, object], comm: Comm | None = None) -> bool:
     """The run in this process: one rank, or the rank of `comm` (ranks as threads hear no signals)."""
     configs = [
         config(**{f.name: keys[f.name] for f in dataclasses.fields(config) if f.name in keys})
-        for config in (RunConfig, DataConfig, OptimConfig)
+        for config in (RunConfig, TunerConfig, DataConfig, OptimConfig)
     ]
     flat = {name: value for config in (*configs, ParallelConfig()) for name, value in dataclasses.asdict(config).items()}
     stop, threads = StopFlag(listen=comm is None), torch.get_num_threads()
@@ -100,4 +100,5 @@ def batch(lengths: list[int], trained: float, seed: int) -> Batch:
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     labels[bounds[1:] - 1] = -100
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return Batch(ids, labels, positions, bounds.int(), rows=tuple(range(len(lengths))))
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return Batch(ids, labels, positions, bounds.int(), rows << 32 | positions, tuple(range(len(lengths))))

@@ -1,0 +1,126 @@
+"""What a TunerConfig means for one model: which modules get an adapter, which are trained whole, which are held in NF4.
+
+    y = x W^T + bias + s (drop(x) A^T) B^T,    s = alpha / rank, rsLoRA: alpha / sqrt(rank)
+    DoRA: rows of W + s B A are rescaled to a trained magnitude;  embedding: y = W[ids] + s A^T[ids] B^T, without dropout
+
+Sources: LoRA, Hu et al. 2021; rsLoRA, Kalajdzievski 2023; DoRA, Liu et al. 2024; QLoRA, Dettmers et al. 2023. Modules
+are named as in the Hugging Face model, so are the parameters: `<module>.lora_A` (rank, in), `<module>.lora_B` (out, rank),
+`<module>.lora_magnitude_vector` (out,); of the embedding `lora_embedding_A` (rank, vocab), `lora_embedding_B` (H, rank).
+With tied embeddings, adapters of the embedding and of the head are two adapters; training one of them whole trains both.
+Not supported: DoRA of the embedding, adapters of norms, a rank or alpha per module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from swiftk.config import TunerConfig
+from swiftk.model.config import ModelConfig
+
+ALL_LINEAR = "all-linear"
+EMBED, LM_HEAD = "model.embed_tokens", "lm_head"
+LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+ADAPTER = (".lora_A", ".lora_B", ".lora_magnitude_vector", ".lora_embedding_A", ".lora_embedding_B")
+PLAIN_NAME = re.compile(r"[\w.-]+")  # anything else is a regex
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to an adapter and not to the checkpoint of the base."""
+    return name.endswith(ADAPTER)
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of the linears of the blocks, in the order of the checkpoint."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    shapes = ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden), (inner, hidden), (hidden, inner))
+    layers = range(config.num_hidden_layers)
+    return {f"model.layers.{i}.{name}": shape for i in layers for name, shape in zip(LINEARS, shapes, strict=True)}
+
+
+def norm_names(config: ModelConfig) -> list[str]:
+    kinds = ["input_layernorm", "post_attention_layernorm", *(("self_attn.q_norm", "self_attn.k_norm") * config.qk_norm)]
+    return [f"model.layers.{i}.{kind}" for i in range(config.num_hidden_layers) for kind in kinds] + ["model.norm"]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """`resolve` makes it. Names of modules; the numbers of linears do not depend on which of them are adapted."""
+
+    config: TunerConfig
+    adapted: frozenset[str]
+    saved: frozenset[str]  # trained whole
+    quantised: frozenset[str]
+    numbers: dict[str, int]  # linear -> its number in the model, a key of its dropout
+
+    @property
+    def lora(self) -> bool:
+        return self.config.tuner_type == "lora"
+
+    @property
+    def scale(self) -> float:
+        rank = self.config.lora_rank
+        return self.config.lora_alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter is trained: all of them, or adapters and what modules_to_save names."""
+        return not self.lora or is_adapter(name) or name.rsplit(".", 1)[0] in self.saved
+
+
+def resolve(config: ModelConfig, tuner: TunerConfig) -> Tuning:
+    """Raises ValueError for a target that matches nothing, or no linear, and for a rank above a dimension."""
+    blocks = linear_shapes(config)
+    numbers = {name: i for i, name in enumerate((*blocks, LM_HEAD))}
+    if tuner.tuner_type != "lora":
+        if tuner.quant_bits:
+            raise ValueError(f"quant_bits: has {tuner.quant_bits}, wants tuner_type lora: NF4 weights cannot be trained")
+        return Tuning(tuner, frozenset(), frozenset(), frozenset(), numbers)
+    vocabulary = (config.vocab_size, config.hidden_size)
+    shapes = {EMBED: vocabulary, **blocks, LM_HEAD: vocabulary}
+    norms = norm_names(config)
+
+    saved = frozenset(_matches("modules_to_save", tuner.modules_to_save, [*shapes, *norms], ()))
+    if config.tie_word_embeddings and saved & {EMBED, LM_HEAD}:
+        saved |= {EMBED, LM_HEAD}  # one weight
+    targets = [t for t in tuner.target_modules if t != ALL_LINEAR]
+    adapted = set(_matches("target_modules", targets, shapes, norms))
+    if ALL_LINEAR in tuner.target_modules:
+        adapted |= set(blocks)
+    adapted -= saved
+    if not adapted and not saved:
+        raise ValueError(f"target_modules: has nothing, wants {ALL_LINEAR} or names of linears: there is nothing to train")
+    if tuner.use_dora and EMBED in adapted:
+        raise ValueError(f"use_dora: {EMBED} cannot be a target of DoRA yet; take it out of target_modules, or use_dora false")
+    for name in sorted(adapted, key=lambda n: (min(shapes[n]), n)):
+        if tuner.lora_rank > min(shapes[name]):
+            raise ValueError(
+                f"lora_rank: has {tuner.lora_rank}, wants at most {min(shapes[name])}: {name} has shape {shapes[name]}"
+            )
+    quantised = frozenset(blocks) - saved if tuner.quant_bits else frozenset()
+    return Tuning(tuner, frozenset(adapted), saved, quantised, numbers)
+
+
+def _matches(key: str, wanted: Iterable[str], modules: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Modules that a name (the whole, or its end after a dot) or a regex (the whole) of `wanted` names."""
+    modules, others = list(modules), list(others)
+    found: list[str] = []
+    for one in wanted:
+        try:
+            pattern = re.compile(rf"(.*\.)?{re.escape(one)}" if PLAIN_NAME.fullmatch(one) else one)
+        except re.error as error:
+            raise ValueError(f"{key}: {one!r} is neither a module's name nor a regex ({error})") from None
+        here = [m for m in modules if pattern.fullmatch(m)]
+        if not here and any(pattern.fullmatch(m) for m in others):
+            raise ValueError(f"{key}: {one!r} names a norm, wants linears or embed_tokens; modules_to_save trains a norm whole")
+        if not here:
+            names = sorted({m.rsplit(".", 1)[1] if "." in m else m for m in modules} | set(modules))
+            near = difflib.get_close_matches(one, names, n=3, cutoff=0.4)
+            hint = f"the nearest are {', '.join(near)}" if near else f"e.g. {ALL_LINEAR}"
+            raise ValueError(f"{key}: {one!r} matches no module of the model; {hint}")
+        found += here
+    return found
