@@ -15,7 +15,10 @@ Two ways to the gradient, `mode`:
              dW), a T x 2048 buffer, nothing saved beyond hidden. A gradient per token and per statistic: what vocabulary-
              parallel callers (`cross_entropy_from_stats`), preference losses and entropy bonuses (`token_logprobs`) need.
 Rows whose label is ignore_index are never multiplied. A head that does not require a gradient costs no dW.
-Not supported: a bias of the head, class weights, soft labels, infinite logits (they give NaN), a CUDA kernel (not there yet).
+The head may be NF4 (frozen; a slice at a time is dequantised for dX) and adapted by LoRA or DoRA (swiftk.kernels._head): fused
+then costs what a trained head costs, with dB in the place of dW (DoRA's dm: one product more).
+Not supported: a bias of the head, several adapters of the head, class weights, soft labels, infinite logits (they give NaN),
+a CUDA kernel (not there yet).
 """
 
 from __future__ import annotations
@@ -25,26 +28,36 @@ from typing import Literal, NamedTuple, overload
 import torch
 
 from swiftk.kernels._checks import check_shape, refuse_double_backward
+from swiftk.kernels._head import (
+    BUFFER_BYTES,
+    HEAD_SCHEMA,
+    STEP,
+    AdapterGrad,
+    Head,
+    HeadArgs,
+    KeptRows,
+    add_product,
+    grads_fake,
+    head_args,
+    head_grads,
+    ranges,
+)
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
-from swiftk.kernels.linear import linear_out
+from swiftk.kernels.dropout import Dropout
+from swiftk.kernels.lora_linear import Adapter
+from swiftk.kernels.nf4 import NF4Tensor
 from swiftk.kernels.vocab_stats import (
     BLOCK_ROWS,
-    BUFFER_BYTES,
-    STEP,
-    KeptRows,
     RunningStats,
     StatsGrad,
     VocabStats,
-    add_product,
     address,
     buffer_columns,
     check_head,
     even_blocks,
-    grads_fake,
     logits_grad,
     logits_ref,
     product_dtype,
-    ranges,
     update_stats,
     vocab_stats,
     vocab_stats_ref,
@@ -66,14 +79,17 @@ class CrossEntropyStats(NamedTuple):
 
 
 def linear_cross_entropy_ref(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, token_weights: torch.Tensor | None = None,
-    ignore_index: int = -100, softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0,
+    hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, *, adapter: Adapter | None = None,
+    dropout: Dropout | None = None, token_weights: torch.Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0,
+    z_loss: float = 0.0, label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, CrossEntropyStats]:  # fmt: skip
     """The formula on the whole T x V logits, all statistics included."""
-    stats = vocab_stats_ref(hidden, weight, labels, ignore_index=ignore_index, softcap=softcap)
+    stats = vocab_stats_ref(
+        hidden, weight, labels, adapter=adapter, dropout=dropout, ignore_index=ignore_index, softcap=softcap
+    )
     lse, label_logit, _, logit_sum, entropy, _, argmax = stats
     assert logit_sum is not None and entropy is not None
-    mean = logit_sum / len(weight)
+    mean = logit_sum / weight.shape[0]
     loss = lse - (1 - label_smoothing) * label_logit - label_smoothing * mean + z_loss * lse.square()
     loss = loss.sum() if token_weights is None else (loss * token_weights).sum()
     correct = (argmax == labels) & (labels != ignore_index)
@@ -81,10 +97,11 @@ def linear_cross_entropy_ref(
 
 
 def token_logprobs_ref(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, softcap: float = 0.0
-) -> torch.Tensor:
+    hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, *, adapter: Adapter | None = None,
+    dropout: Dropout | None = None, softcap: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
     """log p(label), (T,), from the whole T x V logits."""
-    log_p = torch.log_softmax(logits_ref(hidden, weight, softcap), -1)
+    log_p = torch.log_softmax(logits_ref(hidden, weight, softcap, adapter=adapter, dropout=dropout), -1)
     return log_p.gather(-1, labels[:, None])[:, 0]
 
 
@@ -110,11 +127,11 @@ class _Loss(NamedTuple):
         return StatsGrad(w * (1 + 2 * self.z_loss * lse), w * (self.label_smoothing - 1), dsum, None)
 
 
-def _fused_frozen(x, weight, labels, w, loss: _Loss, softcap, entropy, isa):
+def _fused_frozen(x, head: Head, labels, w, loss: _Loss, softcap, entropy, isa):
     """(running, dx): one pass over the vocabulary. With acc = sum over v of exp(s_v - m) w_v, the label's column left out,
     dx = w [(1 + 2 zeta lse) acc / l + ((1 + 2 zeta lse) p_label - (1 - eps)) w_label - eps / V sum_v w_v].
     """
-    (rows, hidden), vocab = x.shape, len(weight)
+    (rows, hidden), vocab = x.shape, head.vocab
     acc, product = acc_dtype(x.dtype), product_dtype(x.dtype, isa)
     running = RunningStats.start(rows, acc, entropy, loss.label_smoothing > 0)
     dx = torch.empty_like(x)
@@ -126,12 +143,12 @@ def _fused_frozen(x, weight, labels, w, loss: _Loss, softcap, entropy, isa):
         here, y = running.rows(r), labels[r]
         for c in ranges(vocab, STEP):
             logits, g = (b[: len(out) * (c.stop - c.start)].view(len(out), -1) for b in (buffer, copy))
-            linear_out(x[r], weight[c], None, logits, isa)
+            head.logits(x, r, c, logits, isa)
             native().vocab_stats_exp(
                 DTYPE_CODES[acc], DTYPE_CODES[product], address(logits), logits.stride(0), address(y), *logits.shape, c.start,
                 softcap, *map(address, here), address(g), g.stride(0), address(out), hidden, threads(), isa,
             )  # fmt: skip
-            add_product(out, g, weight[c].to(product))
+            add_product(out, g, head.rows(c, product))
         _, lse, logprob, _ = here.finish(y, 0, vocab)
         d = loss.coefficients(lse, w[r])
         at_label = d.dlse * torch.expm1(logprob) + (d.dlse + d.dlabel)  # dlse p + dlabel without the cancellation
@@ -139,41 +156,49 @@ def _fused_frozen(x, weight, labels, w, loss: _Loss, softcap, entropy, isa):
             at_label = at_label * ((softcap - here.label) * (softcap + here.label) / softcap**2)
         out.mul_((d.dlse / here.l)[:, None])
         for k in ranges(len(out), 256):  # the labels' rows of W, in a small buffer
-            out[k].addcmul_(at_label[k, None], weight[y[k]].to(acc))
+            out[k].addcmul_(at_label[k, None], head.rows(y[k], acc))
         if d.dsum is not None:
-            out.addcmul_(d.dsum[:, None], weight.sum(0, dtype=acc))
+            out.addcmul_(d.dsum[:, None], head.row_sum(acc))
         dx[r] = out
     return running, dx
 
 
-def _fused_trained(x, weight, labels, w, loss: _Loss, softcap, entropy, need_dx, need_dw, isa):
-    """(running, dx, dw): a block of rows keeps its full logits, so they are multiplied once; dW is summed over the blocks."""
-    (rows, hidden), vocab = x.shape, len(weight)
+def _fused_trained(x, head: Head, labels, w, loss: _Loss, softcap, entropy, needs, isa):
+    """(running, dx, dw, grad of the adapter): a block of rows keeps its full logits, so they are multiplied once; dW and dB
+    are summed over the blocks."""
+    (rows, hidden), vocab = x.shape, head.vocab
     acc, product = acc_dtype(x.dtype), product_dtype(x.dtype, isa)
+    need_dx, need_dw, *needs_adapter = needs
     running = RunningStats.start(rows, acc, entropy, loss.label_smoothing > 0)
     fitting = BUFFER_BYTES // (vocab * acc.itemsize)
     blocks = list(even_blocks(rows, min(BLOCK_ROWS, max(TRAINED_ROWS, fitting))))
     dx = torch.empty_like(x) if need_dx else None
-    dw = torch.zeros(weight.shape, dtype=weight.dtype if len(blocks) == 1 else acc) if need_dw else None
+    dw = torch.zeros(vocab, hidden, dtype=x.dtype if len(blocks) == 1 else acc) if need_dw else None
+    grad = AdapterGrad.start(head, needs_adapter, acc)
     height = max((r.stop - r.start for r in blocks), default=0)
     buffer = torch.empty(height * vocab, dtype=acc)
     for r in blocks:
         logits = buffer[: (r.stop - r.start) * vocab].view(-1, vocab)
         here, xp = running.rows(r), x[r].to(product)
         out = torch.zeros(len(logits), hidden, dtype=acc) if need_dx else None
-        linear_out(x[r], weight, None, logits, isa)
+        head.logits(x, r, slice(0, vocab), logits, isa)
         update_stats(logits, labels[r], 0, softcap, here, isa)
         log_l, lse, *_ = here.finish(labels[r], 0, vocab)
         d = loss.coefficients(lse, w[r])
-        for c in ranges(vocab, buffer_columns(len(logits), vocab, acc)):
+        for c in ranges(vocab, head.converted_columns(buffer_columns(len(logits), vocab, acc), product)):
             g = logits_grad(logits[:, c], labels[r], c.start, softcap, True, here.m, log_l, None, d, product, isa)
+            sums = None
+            if grad.dgain is not None:
+                sums = torch.empty(len(logits), c.stop - c.start, dtype=acc)
+                head.sums(x, r, c, sums, isa)
+            grad.add(head, r, c, g, sums)
             if out is not None:
-                add_product(out, g, weight[c].to(product))
+                add_product(out, g, head.rows(c, product))
             if dw is not None:
                 add_product(dw[c], g.t(), xp)
         if dx is not None and out is not None:
             dx[r] = out
-    return running, dx, None if dw is None else dw.to(weight.dtype)
+    return running, dx, None if dw is None else dw.to(x.dtype), grad
 
 
 # --- operator ----------------------------------------------------------------------------------------------------
@@ -181,56 +206,59 @@ def _fused_trained(x, weight, labels, w, loss: _Loss, softcap, entropy, need_dx,
 torch.library.define(
     "swiftk::linear_cross_entropy_fwd",
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor token_weights, int ignore_index, float softcap, float z_loss, "
-    "float label_smoothing, bool with_entropy, bool need_dx, bool need_dw, str isa) -> "
-    "(Tensor loss, Tensor token_loss, Tensor dx, Tensor dw, Tensor lse, Tensor label_logit, Tensor entropy, Tensor argmax)",
+    f"float label_smoothing, bool with_entropy, bool[] needs, {HEAD_SCHEMA}, str isa) -> "
+    "(Tensor loss, Tensor token_loss, Tensor dx, Tensor dw, Tensor ds, Tensor db, Tensor dgain, Tensor lse, "
+    "Tensor label_logit, Tensor entropy, Tensor argmax)",
 )
 torch.library.define(
     "swiftk::linear_cross_entropy_bwd",
-    "(Tensor dloss, Tensor token_loss, Tensor dx, Tensor dw, Tensor hidden, Tensor weight) -> (Tensor, Tensor, Tensor)",
+    "(Tensor dloss, Tensor token_loss, Tensor[] grads, Tensor[] inputs) -> Tensor[]",
 )
 
 
 @torch.library.register_kernel("swiftk::linear_cross_entropy_fwd", "cpu")
 def _linear_cross_entropy_fwd_cpu(
-    hidden, weight, labels, token_weights, ignore_index, softcap, z_loss, label_smoothing, with_entropy, need_dx, need_dw, isa
+    hidden, weight, labels, token_weights, ignore_index, softcap, z_loss, label_smoothing, with_entropy, needs, absmax,
+    blocksize, s, b, gain, isa,
 ):  # fmt: skip
     kept = KeptRows("linear_cross_entropy", labels, ignore_index, weight.shape[0])
-    x, y, weight = kept.take(hidden), kept.take(labels), weight.contiguous()
-    w = kept.take(token_weights)
-    loss = _Loss(weight.shape[0], z_loss, label_smoothing)
-    if need_dw or (softcap and label_smoothing):  # with both, smoothing's part of dx is no longer a sum over W alone
-        running, dx, dw = _fused_trained(x, weight, y, w, loss, softcap, with_entropy, need_dx, need_dw, isa)
+    x, y, w = (kept.take(t) for t in (hidden, labels, token_weights))
+    args = HeadArgs(weight, absmax, blocksize, s, b, gain)
+    head, loss = Head.of(args, x, kept), _Loss(weight.shape[0], z_loss, label_smoothing)
+    # with softcap and smoothing, smoothing's part of dx is no longer a sum over W alone
+    if needs[1] or head.tail is not None or (softcap and label_smoothing):
+        running, *sums = _fused_trained(x, head, y, w, loss, softcap, with_entropy, needs, isa)
     else:
-        running, dx = _fused_frozen(x, weight, y, w, loss, softcap, with_entropy, isa)
-        dw = None
-    _, lse, logprob, entropy = running.finish(y, 0, len(weight))
+        running, dx = _fused_frozen(x, head, y, w, loss, softcap, with_entropy, isa)
+        sums = [dx if needs[0] else None, None, AdapterGrad(None, None, None)]
+    _, lse, logprob, entropy = running.finish(y, 0, head.vocab)
     token_loss = loss.tokens(lse, logprob, running.total)
     total = kept.put(token_loss * w, lse).sum()  # over all T, as in the recompute mode
     stats = (kept.put(t, lse) for t in (lse, running.label, entropy, running.argmax))
-    dw = weight.new_empty(0) if dw is None else dw
-    return total, kept.put(token_loss, lse), kept.put(dx if need_dx else None, hidden), dw, *stats
+    return total, kept.put(token_loss, lse), *head_grads(kept, hidden, args, *sums), *stats
 
 
 @torch.library.register_fake("swiftk::linear_cross_entropy_fwd")
 def _linear_cross_entropy_fwd_fake(
-    hidden, weight, labels, token_weights, ignore_index, softcap, z_loss, label_smoothing, with_entropy, need_dx, need_dw, isa
+    hidden, weight, labels, token_weights, ignore_index, softcap, z_loss, label_smoothing, with_entropy, needs, absmax,
+    blocksize, s, b, gain, isa,
 ):  # fmt: skip
     def rows(present=True):
         return hidden.new_empty(hidden.shape[0] if present else 0, dtype=acc_dtype(hidden.dtype))
 
     loss = hidden.new_empty((), dtype=acc_dtype(hidden.dtype))
-    grads = grads_fake(hidden, weight, need_dx, need_dw)
+    grads = grads_fake(hidden, HeadArgs(weight, absmax, blocksize, s, b, gain), needs)
     return loss, rows(), *grads, rows(), rows(), rows(with_entropy), torch.empty_like(labels)
 
 
 @torch.library.register_kernel("swiftk::linear_cross_entropy_bwd", "cpu")
-def _linear_cross_entropy_bwd_cpu(dloss, token_loss, dx, dw, hidden, weight):
-    return dloss * token_loss, dx * dloss.to(dx.dtype), dw * dloss.to(dw.dtype)
+def _linear_cross_entropy_bwd_cpu(dloss, token_loss, grads, inputs):
+    return [dloss * token_loss, *(g * dloss.to(g.dtype) for g in grads)]
 
 
 @torch.library.register_fake("swiftk::linear_cross_entropy_bwd")
-def _linear_cross_entropy_bwd_fake(dloss, token_loss, dx, dw, hidden, weight):
-    return torch.empty_like(token_loss), torch.empty_like(dx), torch.empty_like(dw)
+def _linear_cross_entropy_bwd_fake(dloss, token_loss, grads, inputs):
+    return [torch.empty_like(t) for t in (token_loss, *grads)]
 
 
 @torch.library.register_kernel("swiftk::linear_cross_entropy_fwd", "cuda")
@@ -247,17 +275,21 @@ def _linear_cross_entropy_bwd_cuda(*args):
 
 
 def _loss_setup_context(ctx, inputs, output):
-    _, token_loss, dx, dw, *stats = output
-    hidden, weight = inputs[:2]
-    ctx.save_for_backward(token_loss, dx, dw, hidden, weight)
-    ctx.mark_non_differentiable(token_loss, dx, dw, *stats)
+    ctx.needs = inputs[9]
+    given = [t for i in (0, 1, 12, 13, 14) if (t := inputs[i]) is not None and t.is_floating_point()]
+    ctx.save_for_backward(*output[1:7], *given)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _loss_backward(ctx, dloss, *_):
-    # hidden and weight go along for the sake of the derivative of this derivative, which is refused
-    dtoken_weights, dx, dw = torch.ops.swiftk.linear_cross_entropy_bwd(dloss, *ctx.saved_tensors)
-    need_dx, need_dw, _, need_weights = ctx.needs_input_grad[:4]
-    return dx if need_dx else None, dw if need_dw else None, None, dtoken_weights if need_weights else None, *[None] * 8
+    # the inputs go along for the sake of the derivative of this derivative, which is refused
+    token_loss, *tensors = ctx.saved_tensors
+    needed = [g for g, need in zip(tensors[:5], ctx.needs, strict=True) if need]
+    dtoken_weights, *scaled = torch.ops.swiftk.linear_cross_entropy_bwd(dloss, token_loss, needed, tensors[5:])
+    rest = iter(scaled)
+    dx, dw, ds, db, dgain = (next(rest) if need else None for need in ctx.needs)
+    dtoken_weights = dtoken_weights if ctx.needs_input_grad[3] else None
+    return dx, dw, None, dtoken_weights, *[None] * 8, ds, db, dgain, None
 
 
 torch.library.register_autograd("swiftk::linear_cross_entropy_fwd", _loss_backward, setup_context=_loss_setup_context)
@@ -289,16 +321,20 @@ def cross_entropy_from_stats(
 
 
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, token_weights: torch.Tensor | None = None,
-    ignore_index: int = -100, softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0, mode: str = "fused",
-    return_entropy: bool = False, isa: str = "auto",
+    hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, *, adapter: Adapter | None = None,
+    dropout: Dropout | None = None, token_weights: torch.Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0,
+    z_loss: float = 0.0, label_smoothing: float = 0.0, mode: str = "fused", return_entropy: bool = False, isa: str = "auto",
 ) -> tuple[torch.Tensor, CrossEntropyStats]:  # fmt: skip
     """Sum of the weighted token losses of the head `hidden @ weight.T`, and statistics per token.
 
-    The sum, not a mean: divide it by the global count of tokens. Differentiable in hidden, weight and token_weights.
+    The sum, not a mean: divide it by the global count of tokens. Differentiable in hidden, weight, token_weights and the
+    adapter's a, b and magnitude.
 
     Args:
-        hidden: (T, H), bf16, fp32 or fp64; T may be 0. weight: (V, H), same dtype; frozen (no requires_grad): no dW is formed.
+        hidden: (T, H), bf16, fp32 or fp64; T may be 0. weight: (V, H), same dtype; frozen (no requires_grad): no dW is
+            formed. Or an NF4Tensor (V, H), frozen.
+        adapter: LoRA, rsLoRA or DoRA of the head, which is then frozen; one adapter, not a stack.
+        dropout: of the adapter's input in training, one token index per row of hidden; None in evaluation.
         labels: (T,) int64 in [0, V), already shifted, or ignore_index: no loss, no gradient, and the row is not computed.
         token_weights: (T,), any floating dtype, a factor of each token's loss; None: 1.
         softcap: logits become softcap * tanh(logits / softcap); 0: they do not.
@@ -322,11 +358,12 @@ def linear_cross_entropy(
         raise ValueError(f"{op}: label_smoothing has {label_smoothing}, wants 0 to 1")
     if mode not in ("fused", "recompute"):
         raise ValueError(f"{op}: mode has {mode!r}, wants 'fused' or 'recompute'")
-    need_dx, need_dw = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
-    if mode == "recompute" or not (need_dx or need_dw):
+    inputs = [hidden] if isinstance(weight, NF4Tensor) else [hidden, weight]
+    inputs += [] if adapter is None else [t for t in (adapter.a, adapter.b, adapter.magnitude) if t is not None]
+    if mode == "recompute" or not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         stats = vocab_stats(
-            hidden, weight, labels, ignore_index=ignore_index, softcap=softcap, logit_sum=label_smoothing > 0,
-            entropy=return_entropy, isa=isa, caller=op,
+            hidden, weight, labels, adapter=adapter, dropout=dropout, ignore_index=ignore_index, softcap=softcap,
+            logit_sum=label_smoothing > 0, entropy=return_entropy, isa=isa, caller=op,
         )  # fmt: skip
         return cross_entropy_from_stats(
             stats, labels, weight.shape[0], token_weights=token_weights, ignore_index=ignore_index, z_loss=z_loss,
@@ -334,8 +371,10 @@ def linear_cross_entropy(
         )  # fmt: skip
     acc = acc_dtype(hidden.dtype)
     w = hidden.new_ones(hidden.shape[0], dtype=acc) if token_weights is None else token_weights.to(acc)
-    loss, _, _, _, lse, label_logit, entropy, argmax = torch.ops.swiftk.linear_cross_entropy_fwd(
-        hidden, weight, labels, w, ignore_index, softcap, z_loss, label_smoothing, return_entropy, need_dx, need_dw, isa
+    head = head_args(op, hidden, weight, labels, ignore_index, adapter, dropout, isa)
+    needs = [t is not None and t.requires_grad for t in (hidden, head.weight, head.s, head.b, head.gain)]
+    loss, _, _, _, _, _, _, lse, label_logit, entropy, argmax = torch.ops.swiftk.linear_cross_entropy_fwd(
+        hidden, head.weight, labels, w, ignore_index, softcap, z_loss, label_smoothing, return_entropy, needs, *head[1:], isa
     )
     correct = (argmax == labels) & (labels != ignore_index)
     return loss, CrossEntropyStats(lse, label_logit, correct, entropy if return_entropy else None)
@@ -343,23 +382,26 @@ def linear_cross_entropy(
 
 @overload
 def token_logprobs(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, ignore_index: int = ..., softcap: float = ...,
+    hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, *, adapter: Adapter | None = ...,
+    dropout: Dropout | None = ..., ignore_index: int = ..., softcap: float = ...,
     return_entropy: Literal[False] = ..., isa: str = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
 @overload
 def token_logprobs(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, ignore_index: int = ..., softcap: float = ...,
+    hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, *, adapter: Adapter | None = ...,
+    dropout: Dropout | None = ..., ignore_index: int = ..., softcap: float = ...,
     return_entropy: Literal[True], isa: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def token_logprobs(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, ignore_index: int = -100, softcap: float = 0.0,
-    return_entropy: bool = False, isa: str = "auto",
+    hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, *, adapter: Adapter | None = None,
+    dropout: Dropout | None = None, ignore_index: int = -100, softcap: float = 0.0, return_entropy: bool = False,
+    isa: str = "auto",
 ):  # fmt: skip
-    """log p(label) of each token, differentiable in hidden and weight with a gradient per token; the backward recomputes.
+    """log p(label) of each token, differentiable per token in hidden, weight and the adapter; the backward recomputes.
 
     Bitwise the same for a row whether it comes alone or among others, on any number of threads.
 
@@ -368,13 +410,7 @@ def token_logprobs(
         both differentiable.
     """
     stats = vocab_stats(
-        hidden,
-        weight,
-        labels,
-        ignore_index=ignore_index,
-        softcap=softcap,
-        entropy=return_entropy,
-        isa=isa,
-        caller="token_logprobs",
-    )
+        hidden, weight, labels, adapter=adapter, dropout=dropout, ignore_index=ignore_index, softcap=softcap,
+        entropy=return_entropy, isa=isa, caller="token_logprobs",
+    )  # fmt: skip
     return (stats.logprob, stats.entropy) if return_entropy else stats.logprob

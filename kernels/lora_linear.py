@@ -62,18 +62,18 @@ def row_norm_sq(weight: torch.Tensor | NF4Tensor, dtype: torch.dtype | None = No
     """||W_n||^2, (N,), in dtype: the accumulate dtype of a plain weight where None, fp32 of an NF4 one."""
     if not isinstance(weight, NF4Tensor):
         return torch.linalg.vector_norm(weight, dim=1, dtype=dtype or acc_dtype(weight.dtype)).square()
-    weight, norms = _plain_absmax(weight), torch.empty(len(weight.codes), dtype=dtype or torch.float32)
+    weight, norms = plain_absmax(weight), torch.empty(len(weight.codes), dtype=dtype or torch.float32)
     for n in range(0, len(norms), NORM_ROWS):
-        rows = nf4_dequantize(_take(weight, slice(n, n + NORM_ROWS)))
+        rows = nf4_dequantize(take_rows(weight, slice(n, n + NORM_ROWS)))
         norms[n : n + NORM_ROWS] = torch.linalg.vector_norm(rows, dim=1, dtype=norms.dtype).square()
     return norms
 
 
-def _plain_absmax(w: NF4Tensor) -> NF4Tensor:
+def plain_absmax(w: NF4Tensor) -> NF4Tensor:
     return w if w.nested is None else w._replace(absmax=w.absmax_fp32(), nested=None)
 
 
-def _take(weight, rows: slice | torch.Tensor):
+def take_rows(weight, rows: slice | torch.Tensor):
     """Rows of a weight; NF4 not nested."""
     if isinstance(weight, NF4Tensor):
         return weight._replace(codes=weight.codes[rows], absmax=weight.absmax[rows])
@@ -92,7 +92,7 @@ def lora_linear_ref(
     xf, w = x.to(acc), (nf4_dequantize_ref(weight) if isinstance(weight, NF4Tensor) else weight).to(acc)
     a, b = (t.to(x.dtype).to(acc) for t in (adapter.a, adapter.b))
     a, b = (t if t.dim() == 3 else t[None] for t in (a, b))
-    scales = _scales(adapter, len(a))
+    scales = scales_of(adapter, len(a))
     dx = xf if dropout is None else dropout_ref(xf, dropout)
     y = xf @ w.t()
     for e in range(len(a)):
@@ -107,7 +107,7 @@ def lora_linear_ref(
 # --- launchers ---------------------------------------------------------------------------------------------------
 
 
-class _Mask(NamedTuple):
+class Mask(NamedTuple):
     """Dropout of one linear as the native calls take it; threshold 0 drops nothing."""
 
     threshold: int
@@ -121,7 +121,7 @@ class _Mask(NamedTuple):
         return self.threshold, self.seed_step.data_ptr(), self.layer, self.token_index.data_ptr()
 
 
-def _rank_gram(p: torch.Tensor, q: torch.Tensor, mask: _Mask, out: torch.Tensor, isa: str) -> None:
+def rank_gram(p: torch.Tensor, q: torch.Tensor, mask: Mask, out: torch.Tensor, isa: str) -> None:
     """out (r, C) = p^T mask(q). p (M, r) and out in q's accumulate dtype, q (M, C)."""
     native().rank_gram(
         DTYPE_CODES[q.dtype], p.data_ptr(), p.stride(0), p.shape[1], q.data_ptr(), q.stride(0), *q.shape, out.data_ptr(),
@@ -129,7 +129,7 @@ def _rank_gram(p: torch.Tensor, q: torch.Tensor, mask: _Mask, out: torch.Tensor,
     )  # fmt: skip
 
 
-def _rank_update(p: torch.Tensor, r: torch.Tensor, q: torch.Tensor, mask: _Mask, isa: str) -> None:
+def rank_update(p: torch.Tensor, r: torch.Tensor, q: torch.Tensor, mask: Mask, isa: str) -> None:
     """q (M, C) += mask(p r). p (M, r) and r (r, C) in q's accumulate dtype."""
     native().rank_update(
         DTYPE_CODES[q.dtype], p.data_ptr(), p.stride(0), p.shape[1], r.data_ptr(), q.data_ptr(), q.stride(0), *q.shape,
@@ -147,7 +147,7 @@ def _column_dot(p: torch.Tensor, q: torch.Tensor, isa: str) -> torch.Tensor:
     return out
 
 
-def _product(x, weight, bias, y, isa, tail=None, scale=None) -> None:
+def base_product(x, weight, bias, y, isa, tail=None, scale=None) -> None:
     """linear_out or nf4_linear_out: y = scale (x W^T + s t^T) + bias with tail = (s, t)."""
     out = nf4_linear_out if isinstance(weight, NF4Tensor) else linear_out
     out(x, weight, bias, y, isa, tail=tail, scale=scale)
@@ -219,14 +219,14 @@ def _check_values(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], segment_
                 raise ValueError(f"lora_linear: adapter {bad} of {adapters} has values in {name} that are not finite")
 
 
-def _row_norm(weight, a, b, s, norm_sq, isa):
+def adapted_norm(weight, a, b, s, norm_sq, isa):
     """||W + s B A|| per row, (N,) in the accumulate dtype; a (r, K), b (N, r) in x's dtype, s (r,)."""
     acc = acc_dtype(a.dtype)
     wa, aa, baa = (a.new_empty(size, dtype=acc) for size in ((len(a), len(b)), (len(a), len(a)), b.shape))
     bs = b.to(acc) * s
-    _product(a, weight, None, wa, isa)  # (r, N)
-    _product(a, a, None, aa, isa)
-    _product(bs, aa, None, baa, isa)  # A A^T is symmetric
+    base_product(a, weight, None, wa, isa)  # (r, N)
+    base_product(a, a, None, aa, isa)
+    base_product(bs, aa, None, baa, isa)  # A A^T is symmetric
     return (norm_sq + (bs * (2 * wa.t() + baa)).sum(1)).clamp_(min=0).sqrt_()
 
 
@@ -254,11 +254,11 @@ def _lora_linear_fwd_cpu(
     M, K = x2.shape
     columns, per_linear = zip(*_groups(a, scales), strict=True)
     flat = [_flat(*abs_, x.dtype) for abs_ in zip(a, b, per_linear, strict=True)]
-    masks = [_Mask(t, seed_step, layer, token_index) for t, layer in zip(thresholds, layers, strict=True)]
+    masks = [Mask(t, seed_step, layer, token_index) for t, layer in zip(thresholds, layers, strict=True)]
     factors = [s * (65536 / (65536 - t)) for (_, _, s), t in zip(flat, thresholds, strict=True)]
     s = x.new_empty(M, columns[-1].stop)
     if not any(thresholds):
-        _product(x2, torch.cat([f[0] for f in flat]), None, s, isa, scale=torch.cat(factors))
+        base_product(x2, torch.cat([f[0] for f in flat]), None, s, isa, scale=torch.cat(factors))
     else:
         step = max(1, MASK_BYTES // max(1, K * x.element_size()))
         scratch = x.new_empty(min(step, M), K)
@@ -269,7 +269,7 @@ def _lora_linear_fwd_cpu(
                 if mask.threshold:
                     source = scratch[: len(rows)]
                     dropout_out(rows, mask.threshold, seed_step, mask.layer, token_index[m : m + step], source, isa=isa)
-                _product(source, A, None, s[m : m + step, cols], isa, scale=factor)
+                base_product(source, A, None, s[m : m + step, cols], isa, scale=factor)
     ys, unbiased, norms = [], [], []
     for i, (weight, (A, B, scale)) in enumerate(zip(_weights(weights, absmax, blocksizes, K), flat, strict=True)):
         if a[i].dim() == 3:
@@ -277,16 +277,16 @@ def _lora_linear_fwd_cpu(
         bias = biases[i].contiguous() if biases and len(biases[i]) else None
         y, gain = x.new_empty(M, len(B)), None
         if magnitudes:
-            norms.append(_row_norm(weight, A, B, scale, norms_sq[i], isa))
+            norms.append(adapted_norm(weight, A, B, scale, norms_sq[i], isa))
             gain = _gain(magnitudes[i], norms[-1])
         tail = (s[:, columns[i]], B)
         if gain is None or bias is None:
-            _product(x2, weight, bias, y, isa, tail, gain)
+            base_product(x2, weight, bias, y, isa, tail, gain)
             if magnitudes:
                 unbiased.append(x.new_empty(0))
         else:  # dm needs y - bias without the rounding of y, which is coarse where the bias is large
             sums = x.new_empty(y.shape, dtype=acc)
-            _product(x2, weight, None, sums, isa, tail, gain)
+            base_product(x2, weight, None, sums, isa, tail, gain)
             torch.add(sums, bias, out=y)
             unbiased.append(sums.to(x.dtype))
         ys.append(y.view(*x.shape[:-1], len(B)))
@@ -307,7 +307,7 @@ def _dm(dy, unbiased, magnitude, norm, x, weight, s, b, isa):
     zero = ((magnitude == 0) & (norm > 0)).nonzero()[:, 0]
     if len(zero):
         u = dy.new_empty(len(dy), len(zero))
-        _product(x, _take(weight, zero), None, u, isa, tail=(s, b[zero]))
+        base_product(x, take_rows(weight, zero), None, u, isa, tail=(s, b[zero]))
         dm[zero] = _column_dot(dy[:, zero], u, isa) / norm[zero]
     return dm.to(magnitude.dtype)
 
@@ -336,18 +336,18 @@ def _lora_linear_bwd_cpu(
     weights = _weights(weights, absmax, blocksizes, K)
     columns, per_linear = zip(*_groups(a, scales), strict=True)
     flat = [_flat(*abs_, dtype) for abs_ in zip(a, b, per_linear, strict=True)]
-    masks = [_Mask(t, seed_step, layer, token_index) for t, layer in zip(thresholds, layers, strict=True)]
+    masks = [Mask(t, seed_step, layer, token_index) for t, layer in zip(thresholds, layers, strict=True)]
     gains = [_gain(m, n) for m, n in zip(magnitudes, norms, strict=True)] or [None] * len(a)
     ds = dys[0].new_empty(M, columns[-1].stop, dtype=acc)
     da, db, dm = [], [], []
     for i, ((_, B, scale), mask, gain) in enumerate(zip(flat, masks, gains, strict=True)):
         bt = (B if gain is None else B * gain[:, None]).t().to(dtype).contiguous()  # (R, N)
-        _product(dys[i], bt, None, ds[:, columns[i]], isa, scale=scale * (65536 / (65536 - mask.threshold)))
+        base_product(dys[i], bt, None, ds[:, columns[i]], isa, scale=scale * (65536 / (65536 - mask.threshold)))
         if a[i].dim() == 3:
             _keep_own(ds[:, columns[i]], segment_ids, a[i].shape[0])
         if needs_adapters:
             own, grad = s[:, columns[i]], dys[i].new_empty(bt.shape, dtype=acc)  # S, dB^T
-            _rank_gram(own.to(acc), dys[i], _Mask(0, None, 0, None), grad, isa)
+            rank_gram(own.to(acc), dys[i], Mask(0, None, 0, None), grad, isa)
             db.append(_unflat(grad if gain is None else grad * gain, b[i], True))
             if gain is not None:
                 dm.append(_dm(dys[i], as_matrix(unbiased[i]), magnitudes[i], norms[i], as_matrix(x), weights[i], own, B, isa))
@@ -356,20 +356,20 @@ def _lora_linear_bwd_cpu(
         if any(thresholds):
             for i, mask in enumerate(masks):
                 grad = ds.new_empty(columns[i].stop - columns[i].start, K)
-                _rank_gram(ds[:, columns[i]], x2, mask, grad, isa)
+                rank_gram(ds[:, columns[i]], x2, mask, grad, isa)
                 da.append(_unflat(grad, a[i], False))
         else:
             grad = ds.new_empty(ds.shape[1], K)
-            _rank_gram(ds, x2, _Mask(0, None, 0, None), grad, isa)
+            rank_gram(ds, x2, Mask(0, None, 0, None), grad, isa)
             da = [_unflat(grad[cols], t, False) for cols, t in zip(columns, a, strict=True)]
     dx = None
     if needs_dx:
         dx = _dense_dx(dys, weights, gains)
         if any(thresholds):
             for (A, _, _), cols, mask in zip(flat, columns, masks, strict=True):
-                _rank_update(ds[:, cols], A.to(acc), dx, mask, isa)
+                rank_update(ds[:, cols], A.to(acc), dx, mask, isa)
         else:
-            _rank_update(ds, torch.cat([f[0] for f in flat]).to(acc), dx, _Mask(0, None, 0, None), isa)
+            rank_update(ds, torch.cat([f[0] for f in flat]).to(acc), dx, Mask(0, None, 0, None), isa)
         dx = dx.to(dtype)
     return [dys[0].new_empty(0) if dx is None else dx, *da, *db, *dm]
 
@@ -458,11 +458,11 @@ refuse_double_backward("lora_linear", "swiftk::lora_linear_bwd")
 # --- public ------------------------------------------------------------------------------------------------------
 
 
-def _scales(adapter: Adapter, adapters: int) -> list[float]:
+def scales_of(adapter: Adapter, adapters: int) -> list[float]:
     return [float(s) for s in adapter.scale] if isinstance(adapter.scale, tuple) else [float(adapter.scale)] * adapters
 
 
-def _check(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
+def check_lora(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
     nf4 = isinstance(weight, NF4Tensor)
     check_floating(op, x=x, **({} if nf4 else {"weight": weight}), **({} if bias is None else {"bias": bias}))
     if nf4:
@@ -491,8 +491,8 @@ def _check(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
     check_shape(op, "adapter.a", a, (*a.shape[:-1], K), f"weight {tuple(weight.shape)}")
     check_shape(op, "adapter.b", b, (*a.shape[:-2], N, a.shape[-2]), f"adapter.a {tuple(a.shape)}")
     adapters = 1 if a.dim() == 2 else a.shape[0]
-    if len(_scales(adapter, adapters)) != adapters:
-        raise ValueError(f"{op}: adapter.scale has {len(_scales(adapter, adapters))} entries, wants {adapters} like adapter.a")
+    if (given := len(scales_of(adapter, adapters))) != adapters:
+        raise ValueError(f"{op}: adapter.scale has {given} entries, wants {adapters} like adapter.a")
     if (segment_ids is None) != (a.dim() == 2):
         want = "(adapters, r, K) with segment_ids" if a.dim() == 2 else "segment_ids (T,), the adapter of each row"
         raise ValueError(f"{op}: adapter.a has shape {tuple(a.shape)}, wants {want}")
@@ -518,7 +518,7 @@ def _apply(op, x, weights, adapters, biases, dropouts, segment_ids, isa) -> list
     if not isinstance(x, torch.Tensor) or x.dim() == 0:
         raise ValueError(f"{op}: x has {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}, wants (..., K)")
     for args in zip(weights, adapters, biases, dropouts, strict=True):
-        _check(op, x, *args, segment_ids)
+        check_lora(op, x, *args, segment_ids)
     check_isa(op, isa)
     drawn = [d for d in dropouts if d is not None]
     if any(d.seed_step is not drawn[0].seed_step or d.token_index is not drawn[0].token_index for d in drawn):
@@ -528,8 +528,8 @@ def _apply(op, x, weights, adapters, biases, dropouts, segment_ids, isa) -> list
     if len(dora) not in (0, len(adapters)):
         raise ValueError(f"{op}: {len(dora)} of {len(adapters)} adapters have a magnitude, wants all or none")
     given = [x.new_empty(0) if t is None else t for t in biases] if any(t is not None for t in biases) else []
-    scales = [s for t in adapters for s in _scales(t, 1 if t.a.dim() == 2 else t.a.shape[0])]
-    bases = [_plain_absmax(w) if isinstance(w, NF4Tensor) else w for w in weights]
+    scales = [s for t in adapters for s in scales_of(t, 1 if t.a.dim() == 2 else t.a.shape[0])]
+    bases = [plain_absmax(w) if isinstance(w, NF4Tensor) else w for w in weights]
     packed = [isinstance(w, NF4Tensor) for w in bases]
     absmax = [w.absmax if nf4 else x.new_empty(0) for w, nf4 in zip(bases, packed, strict=True)] if any(packed) else []
     return torch.ops.swiftk.lora_linear_fwd(

@@ -11,7 +11,8 @@ swiftk.kernels.linear; the log-sum-exp walks the vocabulary in fixed steps: what
 alone. The backward forms the logits again; beyond hidden and weight only (T,) vectors are saved.
 Forward: one product, W read once per 4096 rows, 32 MiB of logits at a time; backward: two products, three with dW.
 Rows whose label is ignore_index are never multiplied. A head that does not require a gradient costs no dW.
-Not supported: a bias of the head, infinite logits (they give NaN), a CUDA kernel (not there yet).
+The head may be NF4 (frozen; a slice at a time is dequantised for dX) and adapted by LoRA or DoRA: swiftk.kernels._head.
+Not supported: a bias of the head, several adapters of the head, infinite logits (they give NaN), a CUDA kernel (not there yet).
 """
 
 from __future__ import annotations
@@ -21,13 +22,28 @@ from typing import NamedTuple
 
 import torch
 
-from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
+from swiftk.kernels._checks import check_isa, check_shape, refuse_double_backward
+from swiftk.kernels._head import (
+    BUFFER_BYTES,
+    HEAD_SCHEMA,
+    STEP,
+    AdapterGrad,
+    Head,
+    HeadArgs,
+    KeptRows,
+    add_product,
+    check_weight,
+    grads_fake,
+    head_args,
+    head_grads,
+    ranges,
+)
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
-from swiftk.kernels.linear import linear_out
+from swiftk.kernels.dropout import Dropout
+from swiftk.kernels.lora_linear import Adapter, lora_linear_ref
+from swiftk.kernels.nf4 import NF4Tensor, nf4_dequantize_ref
 
-STEP = 2048  # columns per step of the running log-sum-exp, kStep in csrc/cpu/vocab_stats.inc
 BLOCK_ROWS = 4096  # rows that share one reading of W
-BUFFER_BYTES = 32 << 20  # of logits: 4096 rows x one step in fp32
 
 
 class VocabStats(NamedTuple):
@@ -48,21 +64,28 @@ class VocabStats(NamedTuple):
 # --- reference ---------------------------------------------------------------------------------------------------
 
 
-def logits_ref(hidden: torch.Tensor, weight: torch.Tensor, softcap: float = 0.0) -> torch.Tensor:
+def logits_ref(
+    hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, softcap: float = 0.0, *, adapter: Adapter | None = None,
+    dropout: Dropout | None = None,
+) -> torch.Tensor:  # fmt: skip
     """s (T, V), in at least fp32."""
     acc = acc_dtype(hidden.dtype)
-    z = torch.nn.functional.linear(hidden.to(acc), weight.to(acc))
+    w = (nf4_dequantize_ref(weight) if isinstance(weight, NF4Tensor) else weight).to(acc)
+    if adapter is None:
+        z = torch.nn.functional.linear(hidden.to(acc), w)
+    else:
+        z = lora_linear_ref(hidden.to(acc), w, adapter, dropout=dropout)
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
 def vocab_stats_ref(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, vocab_start: int = 0, ignore_index: int = -100,
-    softcap: float = 0.0,
+    hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, *, adapter: Adapter | None = None,
+    dropout: Dropout | None = None, vocab_start: int = 0, ignore_index: int = -100, softcap: float = 0.0,
 ) -> VocabStats:  # fmt: skip
     """The formulas on the whole logits, everything included."""
-    s = logits_ref(hidden, weight, softcap)
+    s = logits_ref(hidden, weight, softcap, adapter=adapter, dropout=dropout)
     keep, at = labels != ignore_index, labels - vocab_start
-    here = keep & (at >= 0) & (at < len(weight))
+    here = keep & (at >= 0) & (at < weight.shape[0])
     label_logit = s.gather(-1, at.where(here, 0)[:, None])[:, 0].where(here, 0)
     log_p = torch.log_softmax(s, -1)
     top, argmax = s.max(-1)
@@ -73,7 +96,7 @@ def vocab_stats_ref(
 
 
 # --- launchers ---------------------------------------------------------------------------------------------------
-# On x (T, H) and labels (T,) without ignored rows; weight (V, H) rows are the ids first_id, first_id + 1, ...
+# On x (T, H) and labels (T,) without ignored rows; the head's columns are the ids first_id, first_id + 1, ...
 
 
 class RunningStats(NamedTuple):
@@ -118,10 +141,6 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def ranges(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
-
-
 def even_blocks(total: int, size: int) -> Iterator[slice]:
     """As few ranges as `size` allows, of about equal length."""
     return ranges(total, max(1, -(-total // max(1, -(-total // size)))))
@@ -141,14 +160,6 @@ def product_dtype(dtype: torch.dtype, isa: str) -> torch.dtype:
     return torch.bfloat16 if (native().best_isa() if isa == "auto" else isa) == "avx512" else torch.float32
 
 
-def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """out += a b; a bf16 product is rounded once and added in out's dtype."""
-    if out.dtype == a.dtype:
-        out.addmm_(a, b)
-    else:
-        out.add_(torch.mm(a, b))
-
-
 def update_stats(logits, labels, first_id, softcap, running: RunningStats, isa) -> None:
     native().vocab_stats(
         DTYPE_CODES[logits.dtype], address(logits), logits.stride(0), address(labels), *logits.shape, first_id, softcap,
@@ -156,8 +167,8 @@ def update_stats(logits, labels, first_id, softcap, running: RunningStats, isa) 
     )  # fmt: skip
 
 
-def _stats(x, weight, labels, first_id, softcap, entropy, total, isa) -> RunningStats:
-    rows, vocab, acc = len(x), len(weight), acc_dtype(x.dtype)
+def _stats(x, head: Head, labels, first_id, softcap, entropy, total, isa) -> RunningStats:
+    rows, vocab, acc = len(x), head.vocab, acc_dtype(x.dtype)
     running = RunningStats.start(rows, acc, entropy, total)
     for r in even_blocks(rows, BLOCK_ROWS):
         height = r.stop - r.start
@@ -165,7 +176,7 @@ def _stats(x, weight, labels, first_id, softcap, entropy, total, isa) -> Running
         buffer = torch.empty(height * width, dtype=acc)
         for c in ranges(vocab, width):
             logits = buffer[: height * (c.stop - c.start)].view(height, -1)
-            linear_out(x[r], weight[c], None, logits, isa)
+            head.logits(x, r, c, logits, isa)
             update_stats(logits, labels[r], first_id + c.start, softcap, running.rows(r), isa)
     return running
 
@@ -192,31 +203,36 @@ def logits_grad(logits, labels, first_id, softcap, capped, m, log_l, entropy, d:
     return g
 
 
-def _recomputed(x, weight, labels, first_id, softcap, m, log_l, entropy, d, need_dx, need_dw, isa):
-    """(dx, dw) in the inputs' dtypes from the saved statistics; the vocabulary outside, the rows inside."""
-    (rows, hidden), vocab = x.shape, len(weight)
+def _recomputed(x, head: Head, labels, first_id, softcap, m, log_l, entropy, d, needs, isa):
+    """(dx, dw, grad of the adapter) from the saved statistics; the vocabulary outside, the rows inside."""
+    (rows, hidden), vocab = x.shape, head.vocab
     acc, product = acc_dtype(x.dtype), product_dtype(x.dtype, isa)
+    need_dx, need_dw, *needs_adapter = needs
     dx = torch.zeros(rows, hidden, dtype=acc) if need_dx else None
-    dw = torch.empty_like(weight) if need_dw else None
+    dw = torch.empty_like(head.weight) if need_dw and isinstance(head.weight, torch.Tensor) else None
+    grad = AdapterGrad.start(head, needs_adapter, acc)
     height = max((r.stop - r.start for r in even_blocks(rows, BLOCK_ROWS)), default=0)
-    width = buffer_columns(height, vocab, acc)
+    width = head.converted_columns(buffer_columns(height, vocab, acc), product)
     buffer = torch.empty(height * width, dtype=acc)
+    spare = None if grad.dgain is None else torch.empty_like(buffer)
     xp = x.to(product) if need_dw else x
     for c in ranges(vocab, width):
-        w = weight[c].to(product)
-        dwc = torch.zeros(w.shape, dtype=acc) if need_dw else None
+        columns = c.stop - c.start
+        w = head.rows(c, product) if need_dx else None
+        dwc = torch.zeros(columns, hidden, dtype=acc) if need_dw else None
         for r in even_blocks(rows, BLOCK_ROWS):
-            logits = buffer[: (r.stop - r.start) * len(w)].view(-1, len(w))
-            linear_out(x[r], weight[c], None, logits, isa)
+            logits, sums = (None if t is None else t[: (r.stop - r.start) * columns].view(-1, columns) for t in (buffer, spare))
+            head.logits(x, r, c, logits, isa, sums)
             ent = None if entropy is None else entropy[r]
             g = logits_grad(logits, labels[r], first_id + c.start, softcap, False, m[r], log_l[r], ent, d.rows(r), product, isa)
-            if dx is not None:
+            grad.add(head, r, c, g, sums)
+            if dx is not None and w is not None:
                 add_product(dx[r], g, w)
             if dwc is not None:
                 add_product(dwc, g.t(), xp[r])
         if dw is not None and dwc is not None:
             dw[c] = dwc
-    return None if dx is None else dx.to(x.dtype), dw
+    return None if dx is None else dx.to(x.dtype), dw, grad
 
 
 # --- operator ----------------------------------------------------------------------------------------------------
@@ -224,56 +240,36 @@ def _recomputed(x, weight, labels, first_id, softcap, m, log_l, entropy, d, need
 torch.library.define(
     "swiftk::vocab_stats_fwd",
     "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, int vocab_start, int vocab_size, float softcap, "
-    "bool with_sum, bool with_entropy, str caller, str isa) -> "
+    f"bool with_sum, bool with_entropy, {HEAD_SCHEMA}, str caller, str isa) -> "
     "(Tensor lse, Tensor label_logit, Tensor logprob, Tensor logit_sum, Tensor entropy, Tensor max_logit, Tensor argmax, "
     "Tensor log_l)",
 )
 torch.library.define(
     "swiftk::vocab_stats_bwd",
     "(Tensor dlse, Tensor dlabel, Tensor dsum, Tensor dentropy, Tensor hidden, Tensor weight, Tensor labels, Tensor max_logit, "
-    "Tensor log_l, Tensor entropy, int ignore_index, int vocab_start, float softcap, bool need_dx, bool need_dw, str isa) -> "
-    "(Tensor dx, Tensor dw)",
+    f"Tensor log_l, Tensor entropy, int ignore_index, int vocab_start, float softcap, bool[] needs, {HEAD_SCHEMA}, str isa) -> "
+    "(Tensor dx, Tensor dw, Tensor ds, Tensor db, Tensor dgain)",
 )
-
-
-class KeptRows:
-    """The rows whose label is not ignored: `take` gathers them, `put` spreads a result over all T rows, 0 elsewhere."""
-
-    def __init__(self, op: str, labels: torch.Tensor, ignore_index: int, vocab_size: int) -> None:
-        keep = labels != ignore_index
-        bad = keep & ((labels < 0) | (labels >= vocab_size))
-        if bad.any():
-            at = int(bad.nonzero()[0])
-            raise ValueError(
-                f"{op}: labels has id {int(labels[at])} at position {at}, wants 0 <= id < V = {vocab_size}, or ignore_index "
-                f"{ignore_index}; is the tokenizer the model's own?"
-            )
-        self.rows, self.index = len(labels), None if keep.all() else keep.nonzero()[:, 0]
-
-    def take(self, t: torch.Tensor) -> torch.Tensor:
-        return t.contiguous() if self.index is None else t.index_select(0, self.index)
-
-    def put(self, t: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        if t is None:
-            return like.new_empty(0)
-        return t if self.index is None else t.new_zeros(self.rows, *t.shape[1:]).index_copy_(0, self.index, t)
 
 
 @torch.library.register_kernel("swiftk::vocab_stats_fwd", "cpu")
 def _vocab_stats_fwd_cpu(
-    hidden, weight, labels, ignore_index, vocab_start, vocab_size, softcap, with_sum, with_entropy, caller, isa
+    hidden, weight, labels, ignore_index, vocab_start, vocab_size, softcap, with_sum, with_entropy, absmax, blocksize, s, b,
+    gain, caller, isa,
 ):  # fmt: skip
     kept = KeptRows(caller, labels, ignore_index, vocab_size)
     x, y = kept.take(hidden), kept.take(labels)
-    running = _stats(x, weight.contiguous(), y, vocab_start, softcap, with_entropy, with_sum, isa)
-    log_l, lse, logprob, entropy = running.finish(y, vocab_start, len(weight))
+    head = Head.of(HeadArgs(weight, absmax, blocksize, s, b, gain), x, kept)
+    running = _stats(x, head, y, vocab_start, softcap, with_entropy, with_sum, isa)
+    log_l, lse, logprob, entropy = running.finish(y, vocab_start, head.vocab)
     results = (lse, running.label, logprob, running.total, entropy, running.m, running.argmax, log_l)
     return tuple(kept.put(t, lse) for t in results)
 
 
 @torch.library.register_fake("swiftk::vocab_stats_fwd")
 def _vocab_stats_fwd_fake(
-    hidden, weight, labels, ignore_index, vocab_start, vocab_size, softcap, with_sum, with_entropy, caller, isa
+    hidden, weight, labels, ignore_index, vocab_start, vocab_size, softcap, with_sum, with_entropy, absmax, blocksize, s, b,
+    gain, caller, isa,
 ):  # fmt: skip
     def rows(present=True):
         return hidden.new_empty(hidden.shape[0] if present else 0, dtype=acc_dtype(hidden.dtype))
@@ -284,27 +280,23 @@ def _vocab_stats_fwd_fake(
 @torch.library.register_kernel("swiftk::vocab_stats_bwd", "cpu")
 def _vocab_stats_bwd_cpu(
     dlse, dlabel, dsum, dentropy, hidden, weight, labels, max_logit, log_l, entropy, ignore_index, vocab_start, softcap,
-    need_dx, need_dw, isa,
+    needs, absmax, blocksize, s, b, gain, isa,
 ):  # fmt: skip
-    kept = KeptRows("vocab_stats", labels, ignore_index, torch.iinfo(torch.int64).max)  # the forward has checked them
+    kept = KeptRows("vocab_stats", labels, ignore_index, None)  # the forward has checked them
     d = StatsGrad._make(kept.take(t) if t.numel() else None for t in (dlse, dlabel, dsum, dentropy))
     ent = kept.take(entropy) if entropy.numel() else None
     x, y, m, log_l = (kept.take(t) for t in (hidden, labels, max_logit, log_l))
-    dx, dw = _recomputed(x, weight.contiguous(), y, vocab_start, softcap, m, log_l, ent, d, need_dx, need_dw, isa)
-    return kept.put(dx, hidden), weight.new_empty(0) if dw is None else dw
+    args = HeadArgs(weight, absmax, blocksize, s, b, gain)
+    sums = _recomputed(x, Head.of(args, x, kept), y, vocab_start, softcap, m, log_l, ent, d, needs, isa)
+    return head_grads(kept, hidden, args, *sums)
 
 
 @torch.library.register_fake("swiftk::vocab_stats_bwd")
 def _vocab_stats_bwd_fake(
     dlse, dlabel, dsum, dentropy, hidden, weight, labels, max_logit, log_l, entropy, ignore_index, vocab_start, softcap,
-    need_dx, need_dw, isa,
+    needs, absmax, blocksize, s, b, gain, isa,
 ):  # fmt: skip
-    return grads_fake(hidden, weight, need_dx, need_dw)
-
-
-def grads_fake(hidden, weight, need_dx, need_dw):
-    dx = hidden.new_empty(hidden.shape) if need_dx else hidden.new_empty(0)
-    return dx, weight.new_empty(weight.shape) if need_dw else weight.new_empty(0)
+    return grads_fake(hidden, HeadArgs(weight, absmax, blocksize, s, b, gain), needs)
 
 
 @torch.library.register_kernel("swiftk::vocab_stats_fwd", "cuda")
@@ -321,23 +313,26 @@ def _vocab_stats_bwd_cuda(*args):
 
 
 def _stats_setup_context(ctx, inputs, output):
-    hidden, weight, labels, ctx.ignore_index, ctx.vocab_start, _, ctx.softcap, _, _, _, ctx.isa = inputs
+    (hidden, weight, labels, ctx.ignore_index, ctx.vocab_start, _, ctx.softcap, _, _, absmax, ctx.blocksize, s, b, gain, _,
+     ctx.isa) = inputs  # fmt: skip
     _, _, _, _, entropy, max_logit, argmax, log_l = output
-    ctx.save_for_backward(hidden, weight, labels, max_logit, log_l, entropy)
+    ctx.save_for_backward(hidden, weight, labels, max_logit, log_l, entropy, absmax, s, b, gain)
     ctx.mark_non_differentiable(max_logit, argmax, log_l)
 
 
 def _stats_backward(ctx, dlse, dlabel, dlogprob, dsum, dentropy, *_):
     # g_v = [p_v (dlse - dentropy (log p_v + entropy)) + dsum + dlabel 1(v = label)] (1 - (s_v / c)^2);  dX = g W, dW = g^T X
-    hidden, weight, labels, max_logit, log_l, entropy = ctx.saved_tensors
+    # of an adapted head: _head.py
+    hidden, weight, labels, max_logit, log_l, entropy, absmax, s, b, gain = ctx.saved_tensors
     at = labels - ctx.vocab_start
     dlogprob = dlogprob.where((at >= 0) & (at < weight.shape[0]), 0)
-    need_dx, need_dw = ctx.needs_input_grad[:2]
-    dx, dw = torch.ops.swiftk.vocab_stats_bwd(
+    needs = [ctx.needs_input_grad[i] for i in (0, 1, 11, 12, 13)]
+    grads = torch.ops.swiftk.vocab_stats_bwd(
         dlse - dlogprob, dlabel + dlogprob, dsum, dentropy, hidden, weight, labels, max_logit, log_l, entropy,
-        ctx.ignore_index, ctx.vocab_start, ctx.softcap, need_dx, need_dw, ctx.isa,
+        ctx.ignore_index, ctx.vocab_start, ctx.softcap, needs, absmax, ctx.blocksize, s, b, gain, ctx.isa,
     )  # fmt: skip
-    return dx if need_dx else None, dw if need_dw else None, *[None] * 9
+    dx, dw, ds, db, dgain = (t if need else None for t, need in zip(grads, needs, strict=True))
+    return dx, dw, *[None] * 9, ds, db, dgain, None, None
 
 
 torch.library.register_autograd("swiftk::vocab_stats_fwd", _stats_backward, setup_context=_stats_setup_context)
@@ -347,11 +342,13 @@ refuse_double_backward("vocab_stats", "swiftk::vocab_stats_bwd")
 # --- public ------------------------------------------------------------------------------------------------------
 
 
-def check_head(op: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float, isa: str) -> None:
-    check_floating(op, hidden=hidden, weight=weight)
+def check_head(
+    op: str, hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, softcap: float, isa: str
+) -> None:
+    check_weight(op, hidden, weight)
     if hidden.dim() != 2:
         raise ValueError(f"{op}: hidden has shape {tuple(hidden.shape)}, wants (T, H); flatten batch and sequence first")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
+    if len(weight.shape) != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[1]:
         want = f"(V, {hidden.shape[1]}) with V >= 1"
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, hidden {tuple(hidden.shape)} needs {want}")
     check_shape(op, "labels", labels, (hidden.shape[0],), f"hidden {tuple(hidden.shape)}")
@@ -365,18 +362,20 @@ def check_head(op: str, hidden: torch.Tensor, weight: torch.Tensor, labels: torc
 
 
 def vocab_stats(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, *, vocab_start: int = 0, vocab_size: int | None = None,
-    ignore_index: int = -100, softcap: float = 0.0, logit_sum: bool = False, entropy: bool = False, isa: str = "auto",
-    caller: str = "vocab_stats",
+    hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, *, adapter: Adapter | None = None,
+    dropout: Dropout | None = None, vocab_start: int = 0, vocab_size: int | None = None, ignore_index: int = -100,
+    softcap: float = 0.0, logit_sum: bool = False, entropy: bool = False, isa: str = "auto", caller: str = "vocab_stats",
 ) -> VocabStats:  # fmt: skip
     """What the rows [vocab_start, vocab_start + V) of the head say about each token: all that a loss is made of.
 
-    Differentiable per token in lse, label_logit, logprob, logit_sum and entropy, and through them in hidden and weight; the
-    backward forms the logits again. Merge shards with `merge_vocab_stats`, then `cross_entropy_from_stats`; each shard's
-    gradient by hidden is its part of a sum over the shards.
+    Differentiable per token in lse, label_logit, logprob, logit_sum and entropy, and through them in hidden, weight and the
+    adapter's a, b, magnitude; the backward forms the logits again. Merge shards with `merge_vocab_stats`, then
+    `cross_entropy_from_stats`; each shard's gradient by hidden and by a is its part of a sum over the shards.
 
     Args:
-        hidden: (T, H), bf16, fp32 or fp64. weight: (V, H), same dtype: this shard's rows.
+        hidden: (T, H), bf16, fp32 or fp64. weight: (V, H), same dtype, or an NF4Tensor: this shard's rows.
+        adapter: LoRA or DoRA of the head, which is then frozen; b, magnitude and weight_norm_sq are the shard's rows.
+        dropout: of the adapter's input in training, one token index per row of hidden.
         labels: (T,) int64, ids of the whole vocabulary, or ignore_index: the row is not computed, its results are 0.
         vocab_start: id of weight's first row. vocab_size: ids of the whole vocabulary; None: weight is all of it.
         softcap: logits become softcap * tanh(logits / softcap); 0: they do not.
@@ -392,8 +391,9 @@ def vocab_stats(
             f"vocab_stats: vocab_size has {vocab_size}, vocab_start {vocab_start} and {weight.shape[0]} rows of weight need "
             f"the size of the whole vocabulary, at least {vocab_start + weight.shape[0]}"
         )
+    base, *rest = head_args(caller, hidden, weight, labels, ignore_index, adapter, dropout, isa)
     lse, label, logprob, total, ent, top, argmax, _ = torch.ops.swiftk.vocab_stats_fwd(
-        hidden, weight, labels, ignore_index, vocab_start, size, softcap, logit_sum, entropy, caller, isa
+        hidden, base, labels, ignore_index, vocab_start, size, softcap, logit_sum, entropy, *rest, caller, isa
     )
     return VocabStats(lse, label, logprob, total if logit_sum else None, ent if entropy else None, top, argmax)
 

@@ -179,7 +179,7 @@ def test_second_backward_and_double_backward():
 def test_opcheck_and_compile():
     x, w, y = make(5, 8, 300, torch.float32)
     x.requires_grad_(), w.requires_grad_()
-    arguments = (x, w, y, IGNORE, 0, 300, 0.0, True, True, "vocab_stats", "auto")
+    arguments = (x, w, y, IGNORE, 0, 300, 0.0, True, True, None, 0, None, None, None, "vocab_stats", "auto")
     torch.library.opcheck(torch.ops.swiftk.vocab_stats_fwd.default, arguments)
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
     results = [
