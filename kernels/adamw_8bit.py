@@ -28,13 +28,13 @@ import functools
 import math
 from array import array
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import NamedTuple
 
 import torch
 
 from swiftk.kernels._checks import check_isa
 from swiftk.kernels._native import DTYPE_CODES, native, no_cuda_kernel, threads
+from swiftk.kernels.nf4 import dynamic_map
 
 BLOCK = 256  # elements with one absmax, kBlock in csrc/cpu/adamw_8bit.cpp
 MIN_8BIT = 4096  # elements; smaller tensors keep fp32 moments
@@ -64,18 +64,6 @@ class Update(NamedTuple):
 
 
 # --- reference ---------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def dynamic_map(signed: bool) -> torch.Tensor:
-    """The 256 values of a code, ascending, fp32."""
-    values = [Fraction(0), Fraction(1)]
-    for i in range(7):
-        count = 2**i if signed else 2 ** (i + 1)
-        for j in range(count):
-            x = (1 + 9 * Fraction(2 * j + 1, 2 * count)) / 10 ** (7 - i)
-            values += [x, -x] if signed else [x]
-    return torch.tensor(sorted(float(x) for x in values), dtype=torch.float32)
 
 
 def nearest_code(v: torch.Tensor, *, signed: bool) -> torch.Tensor:

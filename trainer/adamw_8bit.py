@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from swiftk.kernels.adamw_8bit import MIN_8BIT, Moments, Update, adamw_8bit_, dynamic_map, nearest_code, new_moments
+from swiftk.kernels.adamw_8bit import MIN_8BIT, Moments, Update, adamw_8bit_, nearest_code, new_moments
+from swiftk.kernels.nf4 import dynamic_map
 
 WRAPPED = "__bnb_optimizer_quant_state__"  # bitsandbytes >= 0.49 nests the tensors of a parameter's state here
 

@@ -14,10 +14,10 @@ from swiftk.kernels.adamw_8bit import (
     adamw_8bit_,
     adamw_8bit_ref,
     dequantize_8bit_ref,
-    dynamic_map,
     new_moments,
     quantize_8bit_ref,
 )
+from swiftk.kernels.nf4 import dynamic_map
 from swiftk.testing.accuracy import assert_accurate
 
 # one block and less, a tail of every length class, several blocks

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from swiftk.kernels.adamw_8bit import BLOCK, Update, adamw_8bit_ref, dequantize_8bit_ref, dynamic_map, new_moments
+from swiftk.kernels.adamw_8bit import BLOCK, Update, adamw_8bit_ref, dequantize_8bit_ref, new_moments
+from swiftk.kernels.nf4 import dynamic_map
 from swiftk.trainer.adamw_8bit import AdamW8bit, from_bitsandbytes, to_bitsandbytes
 
 RATES = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}
