@@ -42,7 +42,7 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
     filled: do not use it.
     """
     directory = Path(directory)
-    where = _tensor_files(directory)
+    where = tensor_files(directory)
     held = {path: set(open_tensors(path).keys()) for path in sorted(set(where.values()))}
     for name, path in where.items():
         if name not in held[path]:
@@ -83,7 +83,7 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
                 problems.append(f"{name} has shape {tuple(weight.shape)}, wants {spec.shape}")
                 return None
             part = floating(name, spec)
-            return None if part is None else _quantise(part, spec)
+            return None if part is None else quantise(part, spec)
         except ValueError as error:
             problems.append(f"{name} cannot be taken: {error}")
         return None
@@ -118,7 +118,7 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
     model.base_loaded()
 
 
-def _quantise(part: Any, spec: ParamSpec) -> NF4Tensor:
+def quantise(part: Any, spec: ParamSpec) -> NF4Tensor:
     """This process's slices of a tensor in a file as NF4, some rows at a time: the whole is never in memory. fp16 counts
     as fp32, whose absmax loses nothing."""
     (first, last), (left, right) = spec.slices
@@ -146,7 +146,7 @@ def refuse(op: str, directory: Path, problems: list[str]) -> None:
         raise ValueError(f"{op}: {directory} does not fit the model: " + "\n  ".join(shown))
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
+def tensor_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> file; model.safetensors before the index where both lie there, as transformers does."""
     if (directory / SINGLE).is_file():
         return dict.fromkeys(open_tensors(directory / SINGLE).keys(), directory / SINGLE)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ import torch
 from safetensors.torch import save_file
 
 from swiftk.config import TunerConfig
-from swiftk.model.adapter import EMBED, LM_HEAD, is_adapter
+from swiftk.model.adapter import EMBED, LM_HEAD, Tuning, is_adapter
 from swiftk.model.checkpoint import open_tensors, refuse, write_file, write_json
+from swiftk.model.config import ModelConfig
 from swiftk.model.parameters import EMBEDDING, HEAD
 from swiftk.model.transformer import Model
+from swiftk.parallel.spec import ParamSpec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -142,44 +145,63 @@ def save_adapter(model: Model, directory: str | Path, base: str) -> None:
 def load_adapter(model: Model, directory: str | Path) -> None:
     """Fills the adapter and what modules_to_save trains, after the base; the model has the settings of adapter_config.json.
 
+    Raises: as `read_adapter` does.
+    """
+    base = {EMBED: model.model.embed_tokens.weight, LM_HEAD: model.head_base}
+    values = read_adapter(directory, model.config, model.tuning, model.specs, base.__getitem__)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+
+def read_adapter(
+    directory: str | Path, config: ModelConfig, tuning: Tuning, specs: Mapping[str, ParamSpec],
+    base: Callable[[str], torch.Tensor],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Parameter name -> value, of the adapter and of what modules_to_save trains.
+
+    Args:
+        directory: of the adapter; config, tuning, specs: the model's, `tuning` by the settings of adapter_config.json.
+        base: the weight of EMBED or LM_HEAD without its adapter; asked for only where the file has a copy of it.
     Raises: ValueError that lists each tensor that is missing, left over or mis-shaped (an adapter of another base), or
-    that names a file which is missing or truncated.
+        that names a file which is missing or truncated.
     """
     directory = Path(directory)
     if not (directory / WEIGHTS).is_file():
         raise ValueError(f"load_adapter: there is no {directory / WEIGHTS}: the adapter is half-written, or not in safetensors")
     tying = bool(_raw(directory / CONFIG).get("ensure_weight_tying"))
-    if model.config.tie_word_embeddings:
-        whole = EMBED in model.tuning.saved  # then one weight is trained, which PEFT does only if it is told to
-        if tying != whole and (whole or {EMBED, LM_HEAD} & model.tuning.adapted):
+    if config.tie_word_embeddings:
+        whole = EMBED in tuning.saved  # then one weight is trained, which PEFT does only if it is told to
+        if tying != whole and (whole or {EMBED, LM_HEAD} & tuning.adapted):
             raise ValueError(
                 f"load_adapter: {directory / CONFIG}: ensure_weight_tying has {tying}, wants {whole}: tied embeddings are "
                 "trained whole as one weight, and adapted as two"
             )
     file, problems = open_tensors(directory / WEIGHTS), []
-    wanted = {peft_name(name): p for name, p in model.named_parameters() if is_adapter(name) or model.tuning.trains(name)}
+    wanted = {name: spec.shape for name, spec in specs.items() if is_adapter(name) or tuning.trains(name)}
     held = set(file.keys())
-    with torch.no_grad():
-        for name, p in wanted.items():
-            if name not in held:
-                problems.append(f"{name} is missing, wants shape {tuple(p.shape)}")
-                continue
-            value = file.get_tensor(name)
-            if value.shape != p.shape:
-                problems.append(f"{name} has shape {tuple(value.shape)}, wants {tuple(p.shape)}")
-            elif not value.isfinite().all():
-                problems.append(f"{name} has NaN or infinity")
-            else:
-                p.copy_(value)
-    known = {  # PEFT writes the base's embeddings beside their adapters, and tied ones that are trained whole twice
-        f"{PREFIX}{EMBED}.base_layer.weight": model.model.embed_tokens.weight,
-        f"{PREFIX}{LM_HEAD}.base_layer.weight": model.head_base,
+    values: dict[str, torch.Tensor] = {}
+    for name, shape in wanted.items():
+        there = peft_name(name)
+        if there not in held:
+            problems.append(f"{there} is missing, wants shape {shape}")
+            continue
+        values[name] = value = file.get_tensor(there)
+        if tuple(value.shape) != shape:
+            problems.append(f"{there} has shape {tuple(value.shape)}, wants {shape}")
+        elif not value.isfinite().all():
+            problems.append(f"{there} has NaN or infinity")
+    # PEFT writes the base's embeddings beside their adapters, and tied ones that are trained whole twice
+    known: dict[str, Callable[[], torch.Tensor | None]] = {
+        f"{PREFIX}{module}.base_layer.weight": functools.partial(base, module) for module in (EMBED, LM_HEAD)
     }
-    if EMBED in model.tuning.saved and HEAD not in model.specs:
-        known[peft_name(HEAD)] = model.head_base
-    for name in sorted(held - wanted.keys()):
-        if name not in known:
-            problems.append(f"{name} is not in the model, wants it absent")
-        elif not torch.equal(file.get_tensor(name).to(known[name].dtype), known[name]):
-            problems.append(f"{name} differs from the model's, wants it equal: the adapter is of another base")
+    if EMBED in tuning.saved and HEAD not in specs:
+        known[peft_name(HEAD)] = lambda: values.get(EMBEDDING)
+    for there in sorted(held - {peft_name(name) for name in wanted}):
+        if there not in known:
+            problems.append(f"{there} is not in the model, wants it absent")
+        elif (twin := known[there]()) is not None and not torch.equal(file.get_tensor(there).to(twin.dtype), twin):
+            problems.append(f"{there} differs from the model's, wants it equal: the adapter is of another base")
     refuse("load_adapter", directory, problems)
+    return values
