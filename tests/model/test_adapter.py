@@ -130,6 +130,9 @@ def test_first_values_are_pefts():
 # --- the forward -------------------------------------------------------------------------------------------------
 
 
+SHALLOW = {"num_hidden_layers": 1, "layer_types": None}
+
+
 def gradients(model, batch, dy, **noise):
     logits = model.logits(model(*batch, **noise))
     model.zero_grad()
@@ -149,7 +152,8 @@ def test_kernels_equal_references_in_fp64(family, settings):
     batch, dy = pack(9, 1, 14), torch.randn(24, 97, dtype=torch.float64)
     results = []
     for ops in (None, REFERENCES):
-        model = Model(config_of(family), Mesh.single(), compute_dtype=torch.float64, seed=3, tuner=tuner(**settings), ops=ops)
+        config = config_of(family, **SHALLOW)
+        model = Model(config, Mesh.single(), compute_dtype=torch.float64, seed=3, tuner=tuner(**settings), ops=ops)
         torch.manual_seed(1)
         stir(model)
         results.append(gradients(model, batch, dy, seed_step=KEYS, token_index=torch.arange(24)))
@@ -171,19 +175,26 @@ def test_dropout_belongs_to_the_token_and_stops_without_keys():
         assert not torch.equal(model(ids, positions, cu_seqlens, seed_step=keys, token_index=tokens), packed)
     none = model(ids, positions, cu_seqlens)
     assert not torch.equal(none, packed) and torch.equal(none, model(ids, positions, cu_seqlens))
+    for name, want in zip(model.linears(), range(22), strict=True):  # each draws its own, whichever others have adapters
+        assert model.get_submodule(name).number == want
+    one = Model(model.config, Mesh.single(), tuner=tuner(target_modules=("2.mlp.down_proj",)))
+    assert one.get_submodule("model.layers.2.mlp.down_proj").number == 20
     quiet = Model(model.config, Mesh.single(), tuner=tuner(lora_dropout=0.0))
     quiet.load_state_dict(model.state_dict())
     assert torch.equal(quiet(ids, positions, cu_seqlens, seed_step=KEYS, token_index=index), none)
 
 
-@pytest.mark.parametrize("settings", [{"quant_bits": None}, {"quant_bits": 4}, {"use_dora": True, "quant_bits": 4}])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [(torch.float32, {}), (torch.bfloat16, {"quant_bits": 4}), (torch.float32, {"use_dora": True, "quant_bits": 4})],
+    ids=["lora", "nf4", "nf4-dora"],
+)
 def test_recompute_changes_nothing(dtype, settings):
     batch, dy = pack(9, 1, 14), torch.randn(24, 97).to(dtype)
     results = {}
     for recompute in ("none", "selective", "full"):
         model = Model(
-            config_of("qwen3"), Mesh.single(), compute_dtype=dtype, recompute=recompute,
+            config_of("qwen3", **SHALLOW), Mesh.single(), compute_dtype=dtype, recompute=recompute,
             tuner=tuner(lora_dropout=0.2, **settings),
         )  # fmt: skip
         torch.manual_seed(1)
@@ -208,8 +219,8 @@ ADAPTERS = {
 )
 def test_one_token_at_a_time_gives_the_packed_logprobs(family, dtype, kind, thread_count):
     """The decoder's contract for adapters over plain and NF4 weights: no size is a multiple of a tile or of a block."""
-    config = config_of(family, hidden_size=192, intermediate_size=520, head_dim=40, vocab_size=509, num_hidden_layers=2,
-                       **({"layer_types": None} if "qwen" in family else {}))  # fmt: skip
+    config = config_of(family, hidden_size=192, intermediate_size=520, head_dim=40, vocab_size=509, **SHALLOW,
+                       **({"max_window_layers": 0} if family == "qwen2" else {}))  # fmt: skip
     model = Model(config, Mesh.single(), compute_dtype=dtype, tuner=tuner(lora_rank=6, **ADAPTERS[kind]))
     stir(model)
     ids, positions, cu_seqlens = pack(68, 1, 3)  # 68: past one tile of 64 keys
@@ -257,7 +268,7 @@ def test_nf4_is_the_dequantised_model(tmp_path):
 
 
 def test_compiles_as_one_graph_and_not_again_for_another_step():
-    model = Model(config_of("qwen3"), Mesh.single(), tuner=tuner(lora_dropout=0.2))
+    model = Model(config_of("qwen3", **SHALLOW), Mesh.single(), tuner=tuner(lora_dropout=0.2))
     stir(model)
     batch, dy, index = pack(9, 1, 14), torch.randn(24, 97), torch.arange(24)
     eager = [gradients(model, batch, dy, seed_step=torch.tensor([5, step]), token_index=index) for step in (1, 2)]

@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from swiftk.config import TunerConfig
 from swiftk.kernels.attention.varlen import varlen_attention_ref
 from swiftk.kernels.linear import linear_ref
 from swiftk.kernels.linear_cross_entropy import token_logprobs
@@ -173,21 +174,24 @@ class Held(TorchDispatchMode):
         return sum(size for ref, size in self.made.values() if not ref.expired())
 
 
-def test_activations_kept_are_those_of_the_docstring():
+@pytest.mark.parametrize("rank", [0, 4])
+def test_activations_kept_are_those_of_the_docstring(rank):
     H, I, heads, kv_heads, head_dim, tokens = 32, 56, 6, 2, 16, 24
     D, K = heads * head_dim, kv_heads * head_dim
     statistics = {"none": 2 + 2 * heads + kv_heads, "selective": heads, "full": 0}  # of norms and attention, a float each
     want = {"none": 4 * H + 3 * D + 3 * K + 3 * I, "selective": 3 * H + 2 * D + 2 * K + 2 * I, "full": H}
+    tuner = TunerConfig("lora", lora_rank=rank, quant_bits=4) if rank else TunerConfig("full")
     for recompute in want:
         kept = []
         for layers in (2, 3):
             config = ModelConfig("qwen3", 97, H, I, layers, heads, kv_heads, head_dim, 64, qk_norm=True)
-            model = Model(config, Mesh.single(), recompute=recompute)
+            model = Model(config, Mesh.single(), recompute=recompute, tuner=tuner)
             with Held() as held:
                 hidden = model(*pack(tokens))
             kept.append(held.bytes())
             hidden.sum().backward()
-        assert (kept[1] - kept[0]) / tokens / 4 == want[recompute] + statistics[recompute], recompute
+        adapters = 7 * rank if recompute != "full" else 0
+        assert (kept[1] - kept[0]) / tokens / 4 == want[recompute] + statistics[recompute] + adapters, recompute
 
 
 def test_frozen_parameters_are_stored_in_the_compute_dtype_and_get_no_gradient():

@@ -23,14 +23,14 @@ SHAPE = {
 }  # fmt: skip
 
 
-def transformers_losses(model, dataset, plan, optim, dtype):
+def transformers_losses(model, dataset, plan, optim, dtype, steps=STEPS):
     """An ordinary loop: padded rows, an attention mask, weights in fp32 under autocast, decay as in transformers' trainer."""
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": optim.weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps)
     losses = []
-    for step in range(STEPS):
+    for step in range(steps):
         rows = [dataset.rows[i] for pack in plan.global_batch(step) for i in pack]
         width = max(len(row.input_ids) for row in rows)
         ids, labels = torch.zeros(len(rows), width, dtype=torch.long), torch.full((len(rows), width), -100)
@@ -46,7 +46,7 @@ def transformers_losses(model, dataset, plan, optim, dtype):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, STEPS, optim)
+            group["lr"] = learning_rate(step, steps, optim)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
