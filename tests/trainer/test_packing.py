@@ -52,7 +52,7 @@ def test_packing_is_best_fit_decreasing(lengths, capacity):
     assert sorted(capacity - used) == best_fit_rooms(lengths, capacity)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 10), min_size=1, max_size=6))
 def test_packing_stays_within_its_bound(lengths):
     packs = pack_lengths(np.sort(lengths)[::-1], 10).max() + 1
