@@ -27,7 +27,10 @@ def token_loss(model: Model, batch: Batch, *, seed_step: torch.Tensor | None = N
     keys of the adapters' dropout; None: no dropout."""
     token_index = None if seed_step is None else batch.token_index
     hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, seed_step=seed_step, token_index=token_index)
-    total, stats = linear_cross_entropy(hidden, model.head_weight, batch.labels, ignore_index=IGNORE_INDEX, isa=isa)
+    head = model.head(seed_step, token_index)
+    total, stats = linear_cross_entropy(
+        hidden, head.weight, batch.labels, adapter=head.adapter, dropout=head.dropout, ignore_index=IGNORE_INDEX, isa=isa
+    )
     trained = batch.labels != IGNORE_INDEX
     per_token = torch.where(trained, stats.lse - stats.label_logit, 0.0)
     return TokenLoss(total, (stats.correct & trained).sum(), per_token)

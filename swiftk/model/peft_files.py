@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from swiftk.config import TunerConfig
+from swiftk.kernels.nf4 import NF4Tensor
 from swiftk.model.adapter import EMBED, LM_HEAD, Tuning, is_adapter
 from swiftk.model.checkpoint import open_tensors, refuse, write_file, write_json
 from swiftk.model.config import ModelConfig
@@ -157,13 +158,14 @@ def load_adapter(model: Model, directory: str | Path) -> None:
 
 def read_adapter(
     directory: str | Path, config: ModelConfig, tuning: Tuning, specs: Mapping[str, ParamSpec],
-    base: Callable[[str], torch.Tensor],
+    base: Callable[[str], torch.Tensor | NF4Tensor],
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """Parameter name -> value, of the adapter and of what modules_to_save trains.
 
     Args:
         directory: of the adapter; config, tuning, specs: the model's, `tuning` by the settings of adapter_config.json.
-        base: the weight of EMBED or LM_HEAD without its adapter; asked for only where the file has a copy of it.
+        base: the weight of EMBED or LM_HEAD without its adapter; asked for only where the file has a copy of it, which NF4
+            cannot be compared with.
     Raises: ValueError that lists each tensor that is missing, left over or mis-shaped (an adapter of another base), or
         that names a file which is missing or truncated.
     """
@@ -193,7 +195,7 @@ def read_adapter(
         elif not value.isfinite().all():
             problems.append(f"{there} has NaN or infinity")
     # PEFT writes the base's embeddings beside their adapters, and tied ones that are trained whole twice
-    known: dict[str, Callable[[], torch.Tensor | None]] = {
+    known: dict[str, Callable[[], torch.Tensor | NF4Tensor | None]] = {
         f"{PREFIX}{module}.base_layer.weight": functools.partial(base, module) for module in (EMBED, LM_HEAD)
     }
     if EMBED in tuning.saved and HEAD not in specs:
@@ -201,7 +203,7 @@ def read_adapter(
     for there in sorted(held - {peft_name(name) for name in wanted}):
         if there not in known:
             problems.append(f"{there} is not in the model, wants it absent")
-        elif (twin := known[there]()) is not None and not torch.equal(file.get_tensor(there).to(twin.dtype), twin):
+        elif isinstance(twin := known[there](), torch.Tensor) and not torch.equal(file.get_tensor(there).to(twin.dtype), twin):
             problems.append(f"{there} differs from the model's, wants it equal: the adapter is of another base")
     refuse("load_adapter", directory, problems)
     return values

@@ -5,7 +5,8 @@
 
 Parameter names are those of the Hugging Face checkpoint. Trainable parameters are fp32 (fp64 where the compute dtype is)
 and cast to the compute dtype at use; frozen ones are stored in the compute dtype. Linears may have LoRA adapters and may be
-held in NF4, as swiftk/model/adapter.py says; adapters that see the same rows (q, k, v; gate, up) read them once. Everything
+held in NF4, as swiftk/model/adapter.py says; adapters that see the same rows (q, k, v; gate, up) read them once. The head
+leaves the model as its parts (`Model.head`): the losses need no logits of all tokens and no gradient of vocab x H. Everything
 between the token ids and the hidden states is row-invariant (swiftk kernels, gathers, elementwise + and *): a token's
 hidden state depends on the tokens of its document up to it, bit for bit, whether they come packed, alone or one at a time
 over a cache.
@@ -17,7 +18,8 @@ Activations kept for the backward per token and block, in elements (D query, K k
 Adapters on all linears add 7 r (none, selective), r their rank; a frozen or NF4 weight changes nothing.
 Forward and backward take 1.09 and 1.42 times the CPU time of none with selective and full (Zen 3, one thread, fp32, H 512,
 I 1536, 8/4 heads of 64, 512 tokens); under bf16 none also keeps the cast weights of each block.
-Dropout: of the adapters' inputs only, where `forward` is given its keys. Only the data axis of the mesh may exceed one yet.
+Dropout: of the adapters' inputs only, where `forward` and `head` are given its keys.
+Only the data axis of the mesh may exceed one yet.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -69,6 +71,23 @@ class Ops:
             for op in (linear, rms_norm, rope, swiglu, varlen_attention, nf4_linear, lora_linear, lora_linear_group)
         }
         return Ops(**bound)
+
+    def product(
+        self, x: torch.Tensor, weight: torch.Tensor | NF4Tensor, adapter: Adapter | None, bias: torch.Tensor | None = None,
+        dropout: Dropout | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """x times a plain or NF4 weight, with or without an adapter."""
+        if adapter is not None:
+            return self.lora_linear(x, weight, adapter, bias, dropout=dropout)
+        return (self.nf4_linear if isinstance(weight, NF4Tensor) else self.linear)(x, weight, bias)
+
+
+class Head(NamedTuple):
+    """The head as linear_cross_entropy, token_logprobs and vocab_stats take it: weight, then adapter= and dropout=."""
+
+    weight: torch.Tensor | NF4Tensor  # (vocab, H), in the compute dtype or NF4
+    adapter: Adapter | None
+    dropout: Dropout | None  # of the adapter's input
 
 
 @dataclass(frozen=True)
@@ -168,16 +187,14 @@ class Linear(_Leaf):
             return None
         return Adapter(self.lora_A, self.lora_B, self.scale, self.lora_magnitude_vector, self.weight_norm_sq)
 
-    def dropout(self, rows: Rows) -> Dropout | None:
-        if rows.seed_step is None or rows.token_index is None or self.p == 0:
+    def dropout(self, seed_step: torch.Tensor | None, token_index: torch.Tensor | None) -> Dropout | None:
+        if seed_step is None or token_index is None or self.p == 0:
             return None
-        return Dropout(self.p, rows.seed_step, self.number, rows.token_index)
+        return Dropout(self.p, seed_step, self.number, token_index)
 
     def forward(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        bias, adapter = None if self.bias is None else self.bias.to(self.dtype), self.adapter
-        if adapter is not None:
-            return self.ops.lora_linear(x, self.base, adapter, bias, dropout=self.dropout(rows))
-        return (self.ops.linear if self.weight is not None else self.ops.nf4_linear)(x, self.base, bias)
+        bias = None if self.bias is None else self.bias.to(self.dtype)
+        return self.ops.product(x, self.base, self.adapter, bias, self.dropout(rows.seed_step, rows.token_index))
 
 
 def project(x: torch.Tensor, leaves: tuple[Linear, ...], rows: Rows) -> tuple[torch.Tensor, ...]:
@@ -189,7 +206,7 @@ def project(x: torch.Tensor, leaves: tuple[Linear, ...], rows: Rows) -> tuple[to
     found = iter(leaves[0].ops.lora_linear_group(
         x, tuple(leaf.base for leaf, _ in group), tuple(a for _, a in group),
         tuple(None if leaf.bias is None else leaf.bias.to(leaf.dtype) for leaf, _ in group),
-        dropouts=tuple(leaf.dropout(rows) for leaf, _ in group),
+        dropouts=tuple(leaf.dropout(rows.seed_step, rows.token_index) for leaf, _ in group),
     ))  # fmt: skip
     return tuple(leaf(x, rows) if a is None else next(found) for leaf, a in zip(leaves, adapters, strict=True))
 
@@ -354,31 +371,28 @@ class Model(nn.Module):
                 leaf.lora_magnitude_vector.copy_(leaf.weight_norm_sq.sqrt())
 
     @property
-    def head_base(self) -> torch.Tensor:
-        """(vocab, H), the head's weight without its adapter, in the compute dtype."""
-        own = None if self.lm_head is None else self.lm_head.weight
-        return (self.model.embed_tokens.weight if own is None else own).to(self.compute_dtype)
+    def head_base(self) -> torch.Tensor | NF4Tensor:
+        """(vocab, H), the head's weight without its adapter, in the compute dtype or NF4."""
+        own = self.lm_head
+        if own is None or (self.config.tie_word_embeddings and own.codes is None):
+            return self.model.embed_tokens.weight.to(self.compute_dtype)
+        return own.base
 
-    @property
-    def head_weight(self) -> torch.Tensor:
-        """(vocab, H) in the compute dtype, differentiable: what linear_cross_entropy and token_logprobs take.
+    def head(self, seed_step: torch.Tensor | None = None, token_index: torch.Tensor | None = None) -> Head:
+        """The head for the losses, which form its logits in pieces of the vocabulary; W + s B A is never formed.
 
-        With an adapter g (W + s B A) as a matrix: its gradient is vocab x H, and the head's adapter has no dropout.
+        Args: as of `forward`; token_index has a number per row of the hidden states that the loss gets.
         """
-        weight, adapter = self.head_base, None if self.lm_head is None else self.lm_head.adapter
-        if adapter is None:
-            return weight
-        a, b = adapter.a.to(weight.dtype), adapter.b.to(weight.dtype)
-        weight = weight + self.tuning.scale * self.ops.linear(b, a.t())
-        if adapter.magnitude is None:
-            return weight
-        norm = torch.linalg.vector_norm(weight.detach(), dim=1, dtype=adapter.magnitude.dtype)
-        return weight * (adapter.magnitude / norm).to(weight.dtype)[:, None]
+        own = self.lm_head
+        if own is None or own.adapter is None:
+            return Head(self.head_base, None, None)
+        return Head(self.head_base, own.adapter, own.dropout(seed_step, token_index))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., H) -> (..., vocab) in the compute dtype, differentiable; the losses and token_logprobs keep the
-        accumulate dtype instead, and so does linear_out(hidden, head_weight, None, y) with a y of that dtype."""
-        return self.ops.linear(hidden, self.head_weight)
+        """hidden (..., H) -> (..., vocab) in the compute dtype, differentiable, without dropout. The losses and
+        token_logprobs have the same sums in the accumulate dtype: these are theirs, rounded."""
+        weight, adapter, _ = self.head()
+        return self.ops.product(hidden, weight, adapter)
 
     def new_cache(self) -> KVCache:
         """An empty cache for one sequence: what `forward` takes as kv_cache, and appends to."""

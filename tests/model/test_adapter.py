@@ -209,6 +209,7 @@ ADAPTERS = {
     "lora": {}, "nf4": {"quant_bits": 4}, "dora": {"use_dora": True},
     "nf4-dora": {"quant_bits": 4, "use_dora": True, "target_modules": ("q_proj", "up_proj")},
     "embedding-head": {"target_modules": ("all-linear", "embed_tokens", "lm_head")},
+    "dora-head": {"target_modules": ("q_proj", "lm_head"), "use_dora": True},
 }  # fmt: skip
 
 
@@ -234,19 +235,22 @@ def test_one_token_at_a_time_gives_the_packed_logprobs(family, dtype, kind, thre
                 piece = slice(i, min(i + steps, stop))
                 cu = torch.tensor([0, piece.stop - i], dtype=torch.int32)
                 hidden.append(model(ids[piece], positions[piece], cu, kv_cache=cache))
-        head = model.head_weight
         pieces = zip(hidden, labels.split([len(h) for h in hidden]), strict=True)
-        return torch.cat(hidden), torch.cat([token_logprobs(h, head, l) for h, l in pieces])
+        return torch.cat(hidden), torch.cat([logprobs(h, l) for h, l in pieces]), torch.cat([model.logits(h) for h in hidden])
+
+    def logprobs(hidden, labels):
+        weight, adapter, dropout = model.head()
+        assert dropout is None and (adapter is not None) == ("head" in kind)
+        return token_logprobs(hidden, weight, labels, adapter=adapter)
 
     def whole():
         hidden = model(ids, positions, cu_seqlens)
-        return hidden, token_logprobs(hidden, model.head_weight, labels)
+        return hidden, logprobs(hidden, labels), model.logits(hidden)
 
     with torch.no_grad():
         packed = thread_count(2, whole)
-        hidden, logprobs = thread_count(1, lambda: feed(1))
-        assert torch.equal(hidden, packed[0])
-        assert torch.equal(logprobs, packed[1])
+        for alone, together in zip(thread_count(1, lambda: feed(1)), packed, strict=True):
+            assert torch.equal(alone, together)
 
 
 def test_nf4_is_the_dequantised_model(tmp_path):

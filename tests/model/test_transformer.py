@@ -109,11 +109,11 @@ def test_one_token_at_a_time_gives_the_packed_logprobs(family, dtype, thread_cou
                 cu = torch.tensor([0, piece.stop - i], dtype=torch.int32)
                 hidden.append(model(ids[piece], positions[piece], cu, kv_cache=cache))
         pieces = zip(hidden, labels.split([len(h) for h in hidden]), strict=True)
-        return torch.cat(hidden), torch.cat([token_logprobs(h, model.head_weight, l) for h, l in pieces])
+        return torch.cat(hidden), torch.cat([token_logprobs(h, model.head().weight, l) for h, l in pieces])
 
     def whole():
         hidden = model(ids, positions, cu_seqlens)
-        return hidden, token_logprobs(hidden, model.head_weight, labels)
+        return hidden, token_logprobs(hidden, model.head().weight, labels)
 
     with torch.no_grad():
         packed = thread_count(2, whole)
@@ -204,9 +204,9 @@ def test_frozen_parameters_are_stored_in_the_compute_dtype_and_get_no_gradient()
         assert (p.grad is not None) == p.requires_grad == trained, name
 
 
-def test_head_weight_of_tied_embeddings_is_the_embedding():
+def test_the_head_of_tied_embeddings_is_the_embedding():
     model = Model(ModelConfig.from_hf(FAMILIES["qwen2"].to_dict()), Mesh.single())
-    assert model.head_weight is model.model.embed_tokens.weight and model.lm_head is None
+    assert model.head()[0] is model.model.embed_tokens.weight and model.head()[1:] == (None, None) and model.lm_head is None
 
 
 def compiled_equals_eager(backend, recompute):

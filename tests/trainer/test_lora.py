@@ -94,7 +94,8 @@ def test_a_run_and_its_adapter_in_peft(base, tmp_path, capsys, settings):
 
 
 def test_five_and_five_equal_ten_with_dropout(base, tmp_path):
-    keys = arguments(base, tmp_path, lora_dropout=0.2, max_steps=10, save_steps=5, lr_decay_steps=10)
+    targets = ("all-linear", "lm_head")
+    keys = arguments(base, tmp_path, lora_dropout=0.2, max_steps=10, save_steps=5, lr_decay_steps=10, target_modules=targets)
     whole, parts = ({**keys, "output_dir": str(tmp_path / name / "out")} for name in ("whole", "parts"))
     toy.launch(whole)
     toy.launch({**parts, "max_steps": 5})
@@ -104,6 +105,7 @@ def test_five_and_five_equal_ten_with_dropout(base, tmp_path):
     tensors = [load_file(p / "adapter_model.safetensors") for p in (a, b)]
     assert tensors[0].keys() == tensors[1].keys() and all(torch.equal(t, tensors[1][n]) for n, t in tensors[0].items())
     assert all(".lora_" in name for name in state_of(a))  # the base is not in the resume state
+    assert any("lm_head" in name for name in state_of(a))
     toy.launch({**keys, "output_dir": str(tmp_path / "dry" / "out"), "lora_dropout": 0.0})
     other = load_file(last_of(tmp_path / "dry") / "adapter_model.safetensors")
     assert not any(torch.equal(t, other[n]) for n, t in tensors[0].items())
@@ -124,7 +126,8 @@ def test_each_step_draws_anew_and_evaluation_does_not_draw(base, tmp_path, monke
 
 
 def test_two_ranks_follow_one_with_dropout(base, tmp_path):
-    keys = arguments(base, tmp_path, lora_dropout=0.2, torch_dtype="float64", max_steps=4)
+    targets = ("all-linear", "lm_head")
+    keys = arguments(base, tmp_path, lora_dropout=0.2, torch_dtype="float64", max_steps=4, target_modules=targets)
     one, two = ({**keys, "output_dir": str(tmp_path / name / "out")} for name in ("one", "two"))
     toy.launch(one)
     run_threads(2, lambda comm: toy.launch(two, comm))
@@ -135,7 +138,7 @@ def test_dropout_does_not_feel_how_rows_are_packed(base):
     """Gradients of the same rows in one pack, and one by one: the same masks, so the same sums, in fp64."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     dataset = load_dataset(DataConfig(dataset=(str(base.parent / "rows.jsonl"),)), tokenizer, 64)
-    settings = TunerConfig(tuner_type="lora", lora_rank=4, lora_dropout=0.3)
+    settings = TunerConfig(tuner_type="lora", lora_rank=4, lora_dropout=0.3, target_modules=("all-linear", "lm_head"))
     index = collate(dataset, [(3, 1), (17,)]).token_index
     want = [row << 32 | i for row in (3, 1, 17) for i in range(dataset.lengths[row])]
     assert index.tolist() == want and len(set(want)) == len(want)
