@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import yaml
 
 from swiftk.config import DataConfig, OptimConfig, ParallelConfig, RunConfig, TunerConfig
+from swiftk.model.adapter import INIT_WEIGHTS
 from swiftk.model.peft_files import FIELDS, read_adapter_config
 
 CONFIGS = (RunConfig, TunerConfig, DataConfig, OptimConfig, ParallelConfig)
@@ -54,7 +55,7 @@ NOT_YET: dict[str, tuple[tuple[Any, ...], str]] = {
 CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # key -> (accepted, known but not there yet)
     "stage": (("pt", "sft"), ("dpo", "grpo", "kto", "rm", "ppo", "orpo", "simpo", "cpo")),
     "tuner_type": (("full", "lora", "qlora"), ("adalora", "longlora", "vera", "boft")),
-    "init_weights": (("true", "gaussian"), ("pissa", "olora", "loftq", "lora-ga")),
+    "init_weights": (("true", "gaussian", "pissa", "pissa_niter_N"), ("olora", "loftq", "lora-ga")),
     "quant_method": (("bnb",), ("hqq", "eetq", "awq", "gptq", "fp8")),
     "truncation_strategy": (("delete", "left", "right", "split"), ()),
     "lr_scheduler_type": (("cosine", "linear", "constant"), ()),
@@ -341,6 +342,8 @@ def check(values: dict[str, Any]) -> None:
     """Values that no type can refuse."""
     for name, (accepted, later) in CHOICES.items():
         chosen = values.get(name)
+        if name == "init_weights" and chosen is not None and INIT_WEIGHTS.fullmatch(chosen):
+            continue
         for one in chosen if isinstance(chosen, tuple) else (chosen,):
             if one in later:
                 raise ArgumentError(f"{name}: {one} is not there yet, wants {' or '.join(accepted)}")
@@ -434,6 +437,10 @@ def settle_tuner(values: dict[str, Any]) -> None:
     for name in (*FIELDS, "init_weights", "adapters"):
         if name in values and not lora:
             raise ArgumentError(f"{name}: is given with tuner_type full, wants tuner_type lora; or remove the key")
+    if values.get("adapters") and values.get("init_weights", "true") != "true":
+        raise ArgumentError(
+            f"init_weights: has {values['init_weights']} with adapters, wants it left out: that adapter has its values"
+        )
     if lora and values.get("model_config"):
         raise ArgumentError("tuner_type: has lora with model_config, wants full, or --model: adapters belong to a checkpoint")
     if values.get("optim") in ("galore", "q_galore") and lora:

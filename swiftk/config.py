@@ -33,13 +33,13 @@ class TunerConfig:
 
     tuner_type: str | None = None  # full | lora | qlora (lora, quant_bits 4); None: lora with model, full with model_config
     lora_rank: int = 8
-    lora_alpha: int = 32  # the adapter is scaled by alpha / rank
+    lora_alpha: float = 32  # the adapter is scaled by alpha / rank
     lora_dropout: float = 0.05  # of the adapter's input
     target_modules: tuple[str, ...] = ("all-linear",)  # of the blocks; or names (q_proj, lm_head, embed_tokens), regexes
     use_rslora: bool = False  # scaled by alpha / sqrt(rank)
     use_dora: bool = False  # rows of weight + adapter are rescaled to a trained magnitude
     modules_to_save: tuple[str, ...] = ()  # trained whole and saved beside the adapter: names like those of target_modules
-    init_weights: str = "true"  # of A (B is 0): true (uniform, as in PEFT) | gaussian
+    init_weights: str = "true"  # of A, with B 0: true (uniform, as in PEFT) | gaussian; of both: pissa | pissa_niter_N
     adapters: tuple[str, ...] = ()  # a checkpoint with an adapter to go on from; its base and settings need not be named
     quant_method: str | None = None  # bnb: the linears of the blocks are held in NF4
     quant_bits: int | None = None  # 4

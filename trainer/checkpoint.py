@@ -3,7 +3,8 @@
     <output_dir>/v0-20250101-120000/    one run: args.json, the YAML, logging.jsonl, runs/
         checkpoint-<step>/              model*.safetensors, config.json, the tokenizer (Hugging Face's format), or
                                         adapter_model.safetensors, adapter_config.json (PEFT's); args.json, trainer_state.json;
-                                        resume/ (trained weights in fp32, the optimizer's state; torch DCP);
+                                        resume/ (trained weights in fp32, the optimizer's state, what PiSSA started with;
+                                        torch DCP);
                                         manifest.json (name, size and SHA-256 of each file: the last to be written)
         last, best                      links to a checkpoint
     <output_dir>/last                   link to the newest run's last checkpoint
@@ -24,7 +25,7 @@ import shutil
 import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,10 +94,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _resume_state(params: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _start_state(start: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    return {f"start/{name}": t for name, t in start.items()}
+
+
+def _resume_state(
+    params: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, start: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
     """name -> trained weight and what the optimizer keeps of it, as whole tensors, made where there are none yet, to be read
-    into. What is frozen is read from `model` again."""
-    state: dict[str, Any] = {}
+    into; and what PiSSA started with. What is frozen is read from `model` again."""
+    state = _start_state(start)
     for name, p in params.items():
         if p.requires_grad:
             state |= {f"weight/{name}": p.detach()} | {f"{key}/{name}": t for key, t in state_of(optimizer, p).items()}
@@ -135,12 +142,14 @@ def _link(link: Path, target: str) -> None:
 
 
 def save(
-    run_dir: Path, state: TrainerState, params: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, *,
-    write_model: Callable[[Path], None], args: dict[str, Any], save_total_limit: int | None, is_best: bool,
+    run_dir: Path, state: TrainerState, params: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer,
+    start: Mapping[str, torch.Tensor], *, write_model: Callable[[Path], None], args: dict[str, Any],
+    save_total_limit: int | None, is_best: bool,
 ) -> Path:  # fmt: skip
     """Writes checkpoint-<step>, moves the links, removes what the limit leaves over. One process per run directory.
 
     Args:
+        start: `Model.pissa_start()`.
         write_model: writes weights, config and tokenizer in Hugging Face's format into a directory.
         args: args.json of the run.
         save_total_limit: checkpoints kept in the run, at least this one and the best; None keeps all.
@@ -154,7 +163,7 @@ def save(
         write_model(aside)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "assuming the intent is to save in a single process": it is
-            dcp.save(_resume_state(params, optimizer), checkpoint_id=aside / RESUME, no_dist=True)
+            dcp.save(_resume_state(params, optimizer, start), checkpoint_id=aside / RESUME, no_dist=True)
         (aside / ARGS).write_text(json.dumps(args, indent=1, sort_keys=True))
         (aside / STATE).write_text(json.dumps(vars(state), indent=1))
         files = sorted(p for p in aside.rglob("*") if p.is_file())
@@ -289,17 +298,30 @@ def find_resumable(output_dir: Path, args: dict[str, Any]) -> tuple[Path | None,
     return None, notes
 
 
-def load(checkpoint: Path, params: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> TrainerState:
+def load(
+    checkpoint: Path, params: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer,
+    start: Mapping[str, torch.Tensor],
+) -> TrainerState:  # fmt: skip
     """Fills weights and moments in place. Raises CheckpointError for a checkpoint that is not whole or does not fit."""
     why = invalid(checkpoint) if checkpoint.is_dir() else "there is no such directory"
     if why is not None:
         raise CheckpointError(f"checkpoint: {checkpoint} cannot be resumed: {why}")
-    state = _resume_state(params, optimizer)
+    _read(checkpoint, _resume_state(params, optimizer, start), whole=True)
+    return read_state(checkpoint)
+
+
+def load_start(checkpoint: Path, start: Mapping[str, torch.Tensor]) -> None:
+    """Fills what PiSSA started with, which the base has to be without before the rest can be loaded."""
+    _read(checkpoint, _start_state(start), whole=False)
+
+
+def _read(checkpoint: Path, state: dict[str, Any], *, whole: bool) -> None:
+    """Fills `state` in place; whole: the checkpoint may hold nothing else."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         saved = dcp.FileSystemReader(checkpoint / RESUME).read_metadata().state_dict_metadata
         problems = [f"{name} is missing" for name in state.keys() - saved.keys()]
-        problems += [f"{name} is not of this model" for name in saved.keys() - state.keys()]
+        problems += [f"{name} is not of this model" for name in saved.keys() - state.keys() if whole]
         shapes = {name: tuple(getattr(entry, "size", ())) for name, entry in saved.items()}
         problems += [
             f"{name} has {shapes[name]}, wants {tuple(t.shape)}"
@@ -314,7 +336,6 @@ def load(checkpoint: Path, params: dict[str, torch.nn.Parameter], optimizer: tor
             raise CheckpointError(f"checkpoint: {checkpoint} does not fit the model: " + "; ".join(sorted(problems)[:20]))
         with torch.no_grad():
             dcp.load(state, checkpoint_id=checkpoint / RESUME, no_dist=True)
-    return read_state(checkpoint)
 
 
 # --- the run's directory -------------------------------------------------------------------------------------------

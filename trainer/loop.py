@@ -170,8 +170,8 @@ def save(t: Training, evaluation: Evaluation | None, window: Window) -> None:
             state = checkpoint.new_state(t.step, t.total_steps, t.consumed_tokens, t.fingerprint, t.best)
             try:
                 path = checkpoint.save(
-                    t.run_dir, state, dict(t.model.named_parameters()), t.optimizer, write_model=write_model, args=t.args,
-                    save_total_limit=t.config.save_total_limit, is_best=is_best,
+                    t.run_dir, state, dict(t.model.named_parameters()), t.optimizer, t.model.pissa_start(),
+                    write_model=write_model, args=t.args, save_total_limit=t.config.save_total_limit, is_best=is_best,
                 )  # fmt: skip
                 t.reporter.say(f"saved {path}")
             except checkpoint.CheckpointError as failure:

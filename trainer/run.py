@@ -228,8 +228,11 @@ def run(
         recompute=config.recompute_granularity, tuner=tuner, adapter_seed=config.seed,
     )  # fmt: skip
     params = dict(model.named_parameters())
+    start = model.pissa_start()
+    if resume is not None and start:
+        checkpoint.load_start(resume, start)
     if config.model and (resume is None or not all(p.requires_grad for p in params.values())):
-        load_checkpoint(model, config.model)
+        load_checkpoint(model, config.model, started=resume is not None)
     if tuner.adapters and resume is None:
         load_adapter(model, tuner.adapters[0])
     optimizer = build_optimizer(params, optim, config.seed)
@@ -237,6 +240,7 @@ def run(
 
     trained = [p for p in params.values() if p.requires_grad]
     bytes_needed = sum(p.numel() * (dtype.itemsize + 3 * p.element_size()) for p in trained) + (16 << 20)
+    bytes_needed += 2 * sum(p.nbytes for p in start.values())
     facts = {
         "arguments": arguments, "version": __version__, "torch": torch.__version__, "isa": isa_path(config.isa),
         "compute_dtype": str(dtype).removeprefix("torch."), "data_parallel_size": mesh.dp.size,
@@ -258,7 +262,7 @@ def run(
         t.held_out = HeldOut(held_out, trained_bytes(held_out.rows, tokenizer), whole)
     try:
         if resume is not None:
-            restore(t, checkpoint.load(resume, params, optimizer))
+            restore(t, checkpoint.load(resume, params, optimizer, start))
             saved = json.loads((resume / checkpoint.ARGS).read_text())
             for key in ("isa", "compute_dtype"):  # what `auto` chose: equal arguments, but another machine
                 if saved.get(key) != facts[key]:
@@ -309,7 +313,8 @@ def introduce(t: Training) -> None:
         name = ("rs" if tuner.use_rslora else "") + ("DoRA" if tuner.use_dora else "LoRA")
         whole = f", {len(tuning.saved)} modules whole" if tuning.saved else ""
         say(f"tuner       {name} on {len(tuning.adapted)} modules{whole}: rank {tuner.lora_rank}, scale {tuning.scale:g}, "
-            f"dropout {tuner.lora_dropout:g}; {len(tuning.quantised)} weights in NF4")  # fmt: skip
+            f"dropout {tuner.lora_dropout:g}{', PiSSA' if tuning.pissa else ''}; "
+            f"{len(tuning.quantised)} weights in NF4")  # fmt: skip
     base = sum(p.nbytes for p in t.model.parameters() if not p.requires_grad) + sum(b.nbytes for b in t.model.buffers())
     learnt = sum(p.nbytes for p in trained)
     peak = f"resident at most {peak_memory_gib():.3f} GiB so far"

@@ -3,11 +3,13 @@
     y = x W^T + bias + s (drop(x) A^T) B^T,    s = alpha / rank, rsLoRA: alpha / sqrt(rank)
     DoRA: rows of W + s B A are rescaled to a trained magnitude;  embedding: y = W[ids] + s A^T[ids] B^T, without dropout
 
-Sources: LoRA, Hu et al. 2021; rsLoRA, Kalajdzievski 2023; DoRA, Liu et al. 2024; QLoRA, Dettmers et al. 2023. Modules
-are named as in the Hugging Face model, so are the parameters: `<module>.lora_A` (rank, in), `<module>.lora_B` (out, rank),
-`<module>.lora_magnitude_vector` (out,); of the embedding `lora_embedding_A` (rank, vocab), `lora_embedding_B` (H, rank).
+Sources: LoRA, Hu et al. 2021; rsLoRA, Kalajdzievski 2023; DoRA, Liu et al. 2024; QLoRA, Dettmers et al. 2023; PiSSA, which
+starts the adapter as a part of W, is swiftk/model/pissa.py. Modules are named as in the Hugging Face model, so are the
+parameters: `<module>.lora_A` (rank, in), `<module>.lora_B` (out, rank), `<module>.lora_magnitude_vector` (out,); of the
+embedding `lora_embedding_A` (rank, vocab), `lora_embedding_B` (H, rank).
 With tied embeddings, adapters of the embedding and of the head are two adapters; training one of them whole trains both.
-Not supported: DoRA of the embedding, adapters of norms, a rank or alpha per module.
+Not supported: DoRA of the embedding, PiSSA of the embedding, of a tied head or with DoRA, adapters of norms, a rank or alpha
+per module.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_att
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
 ADAPTER = (".lora_A", ".lora_B", ".lora_magnitude_vector", ".lora_embedding_A", ".lora_embedding_B")
 PLAIN_NAME = re.compile(r"[\w.-]+")  # anything else is a regex
+INIT_WEIGHTS = re.compile(r"true|gaussian|pissa|pissa_niter_(\d+)")
 
 
 def is_adapter(name: str) -> bool:
@@ -67,13 +70,24 @@ class Tuning:
         rank = self.config.lora_rank
         return self.config.lora_alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
 
+    @property
+    def pissa(self) -> bool:
+        return self.lora and self.config.init_weights.startswith("pissa")
+
+    @property
+    def pissa_iterations(self) -> int | None:
+        """Of the randomised SVD; None: the exact one."""
+        found = INIT_WEIGHTS.fullmatch(self.config.init_weights)
+        return int(found[1]) if found and found[1] else None
+
     def trains(self, name: str) -> bool:
         """Whether a parameter is trained: all of them, or adapters and what modules_to_save names."""
         return not self.lora or is_adapter(name) or name.rsplit(".", 1)[0] in self.saved
 
 
 def resolve(config: ModelConfig, tuner: TunerConfig) -> Tuning:
-    """Raises ValueError for a target that matches nothing, or no linear, and for a rank above a dimension."""
+    """Raises ValueError for a target that matches nothing, or no linear, for a rank above a dimension (PiSSA: twice the rank,
+    which is that of the adapter it is saved as), and for settings that do not go together."""
     blocks = linear_shapes(config)
     numbers = {name: i for i, name in enumerate((*blocks, LM_HEAD))}
     if tuner.tuner_type != "lora":
@@ -96,13 +110,36 @@ def resolve(config: ModelConfig, tuner: TunerConfig) -> Tuning:
         raise ValueError(f"target_modules: has nothing, wants {ALL_LINEAR} or names of linears: there is nothing to train")
     if tuner.use_dora and EMBED in adapted:
         raise ValueError(f"use_dora: {EMBED} cannot be a target of DoRA yet; take it out of target_modules, or use_dora false")
-    for name in sorted(adapted, key=lambda n: (min(shapes[n]), n)):
-        if tuner.lora_rank > min(shapes[name]):
-            raise ValueError(
-                f"lora_rank: has {tuner.lora_rank}, wants at most {min(shapes[name])}: {name} has shape {shapes[name]}"
-            )
     quantised = frozenset(blocks) - saved if tuner.quant_bits else frozenset()
-    return Tuning(tuner, frozenset(adapted), saved, quantised, numbers)
+    tuning = Tuning(tuner, frozenset(adapted), saved, quantised, numbers)
+    if not INIT_WEIGHTS.fullmatch(tuner.init_weights):
+        raise ValueError(f"init_weights: has {tuner.init_weights!r}, wants true, gaussian, pissa or pissa_niter_N")
+    if tuning.pissa:
+        _check_pissa(config, tuning)
+    for name in sorted(adapted, key=lambda n: (min(shapes[n]), n)):
+        most, why = min(shapes[name]), ""
+        if tuning.pissa:
+            most, why = most // 2, ", and what PiSSA trains is saved as an adapter of twice the rank"
+        if tuner.lora_rank > most:
+            raise ValueError(f"lora_rank: has {tuner.lora_rank}, wants at most {most}: {name} has shape {shapes[name]}{why}")
+    return tuning
+
+
+def _check_pissa(config: ModelConfig, tuning: Tuning) -> None:
+    init = tuning.config.init_weights
+    if tuning.config.use_dora:
+        raise ValueError(f"init_weights: has {init} with use_dora, wants one of them: DoRA starts from whole weights")
+    if config.quantised:
+        raise ValueError(
+            f"init_weights: has {init}, wants true or gaussian: the checkpoint is in NF4, and what PiSSA leaves of its weights "
+            "would be quantised a second time; or --model <the checkpoint that is not quantised>"
+        )
+    whole = {EMBED} | ({LM_HEAD} if config.tie_word_embeddings else set())
+    for name in sorted(whole & tuning.adapted):
+        raise ValueError(
+            f"init_weights: has {init}, and target_modules {name}, whose weight is "
+            + ("looked up, not multiplied" if name == EMBED else "the embedding's too") + "; take one of them out"
+        )
 
 
 def _matches(key: str, wanted: Iterable[str], modules: Iterable[str], others: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from swiftk.kernels.nf4 import NF4Tensor, nf4_from_bitsandbytes, nf4_quantize
 from swiftk.model.adapter import is_adapter
 from swiftk.model.parameters import EMBEDDING, HEAD
-from swiftk.model.transformer import Model
+from swiftk.model.transformer import Linear, Model
 from swiftk.parallel.spec import ParamSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,10 +33,16 @@ FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' names; the others are cod
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(model: Model, directory: str | Path) -> None:
+def load_checkpoint(model: Model, directory: str | Path, *, started: bool = False) -> None:
     """Fills every parameter of the base with its slices of the checkpoint, cast to the parameter's dtype; quantises what
-    the model holds in NF4. Adapters stay as they are.
+    the model holds in NF4. Adapters stay as they are, but for PiSSA's: they take their first values from the weights, one of
+    which is then held whole at a time, in fp32.
 
+    Args:
+        model: made with seed None, to be filled.
+        directory: of the checkpoint.
+        started: PiSSA: `model.pissa_start()` has been filled with that of a run which goes on, and is taken from the weights
+            as it is, so that they are the same again.
     Raises: ValueError that lists each tensor that is missing, left over, mis-shaped, not floating point, not finite (NF4) or
     quantised in another way than the model; or that names a file which is missing or truncated. The model is then partly
     filled: do not use it.
@@ -73,7 +79,7 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
         part = floating(name, spec)
         return None if part is None else part[tuple(slice(start, stop) for start, stop in spec.slices)]
 
-    def quantised(name: str, spec: ParamSpec) -> NF4Tensor | None:
+    def quantised(leaf: Linear, name: str, spec: ParamSpec) -> NF4Tensor | None:
         try:
             if name in nf4:
                 keys = [name, *(f"{name}.{key}" for key in NF4_KEYS if f"{name}.{key}" in where)]
@@ -83,6 +89,8 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
                 problems.append(f"{name} has shape {tuple(weight.shape)}, wants {spec.shape}")
                 return None
             part = floating(name, spec)
+            if part is not None and leaf.start_A is not None:
+                part = leaf.begin(part[:], started=started)
             return None if part is None else quantise(part, spec)
         except ValueError as error:
             problems.append(f"{name} cannot be taken: {error}")
@@ -92,7 +100,7 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
         for module, leaf in model.linears().items():
             name = f"{module}.weight"
             if module in model.tuning.quantised and name in where:
-                weight = quantised(name, specs[name])
+                weight = quantised(leaf, name, specs[name])
                 if weight is not None:
                     leaf.set_nf4(weight)
         parameters = dict(model.named_parameters())
@@ -115,11 +123,11 @@ def load_checkpoint(model: Model, directory: str | Path) -> None:
                     problems.append(f"{HEAD} differs from {EMBEDDING}, wants it equal or absent: config.json ties them")
     problems += [f"{name} is not a parameter of the model, wants it absent" for name in sorted(extra)]
     refuse("load_checkpoint", directory, problems)
-    model.base_loaded()
+    model.base_loaded(started=started)
 
 
 def quantise(part: Any, spec: ParamSpec) -> NF4Tensor:
-    """This process's slices of a tensor in a file as NF4, some rows at a time: the whole is never in memory. fp16 counts
+    """This process's slices of a tensor (in a file) as NF4, some rows at a time: the whole is never in memory. fp16 counts
     as fp32, whose absmax loses nothing."""
     (first, last), (left, right) = spec.slices
     rows = max(1, QUANTISE_ELEMENTS // max(1, right - left))

@@ -84,10 +84,10 @@ def initial_value(spec: ParamSpec, seed: int, std: float, init_weights: str = "t
 
     normal(0, std) for matrices, ones for norms, zeros for biases. Adapters as PEFT starts them: A uniform in +-1/sqrt(in)
     (init_weights "true": Kaiming with a = sqrt 5) or normal(0, 1 / rank) ("gaussian"), B zero; of the embedding A zero, B
-    normal(0, 1).
+    normal(0, 1). PiSSA's come from the weights: zero here.
     """
     kind = spec.name.rsplit(".", 1)[1]
-    if kind in ("lora_B", "lora_embedding_A"):
+    if kind in ("lora_B", "lora_embedding_A") or (kind == "lora_A" and init_weights.startswith("pissa")):
         return torch.zeros(spec.local_shape)
     if len(spec.shape) == 1:
         return torch.full(spec.local_shape, 0.0 if kind == "bias" else 1.0)
@@ -96,6 +96,12 @@ def initial_value(spec: ParamSpec, seed: int, std: float, init_weights: str = "t
         return _drawn(spec, seed, lambda g, shape: g.random(shape, dtype=np.float32)).mul_(2 * bound).sub_(bound)
     deviation = {"lora_A": 1.0 / spec.shape[0], "lora_embedding_B": 1.0}.get(kind, std)
     return _drawn(spec, seed, lambda g, shape: g.standard_normal(shape, dtype=np.float32)).mul_(deviation)
+
+
+def random_start(module: str, seed: int, rows: int, columns: int) -> torch.Tensor:
+    """normal(0, 1), (rows, columns): the start of a randomised SVD of the module's weight."""
+    spec = ParamSpec.replicated(f"{module}.svd", (rows, columns))
+    return _drawn(spec, seed, lambda g, shape: g.standard_normal(shape, dtype=np.float32))
 
 
 def _drawn(spec: ParamSpec, seed: int, draw: Callable[[np.random.Generator, tuple[int, int]], np.ndarray]) -> torch.Tensor:

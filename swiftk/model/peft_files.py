@@ -3,7 +3,9 @@
     base_model.model.<module>.lora_A.weight, .lora_B.weight, .lora_magnitude_vector; of the embedding .lora_embedding_A, _B;
     base_model.model.<parameter> for what modules_to_save trains whole
 
-`peft.PeftModel.from_pretrained(the transformers model, directory)` computes the same logits. Tensors are stored as they are
+`peft.PeftModel.from_pretrained(the transformers model, directory)` computes the same logits. PiSSA's adapter (A, B), which
+started as (A0, B0) and stands on W - s B0 A0, is written as an adapter of W, as peft converts it: A' = [A; A0], B' = [B, -B0],
+twice the rank, the same scale. Tensors are stored as they are
 trained (fp32). Names of targets and of modules to save are written in full where PEFT, which compares the ends of names,
 would otherwise find more. Of PEFT's settings those are read that swiftk has; one that would change the numbers is an error.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +93,11 @@ def adapter_config(model: Model, base: str) -> dict[str, Any]:
     """adapter_config.json's dict. base: directory of the base's checkpoint."""
     tuner, tuning = model.tuning.config, model.tuning
     values: dict[str, Any] = {FIELDS[f.name]: getattr(tuner, f.name) for f in dataclasses.fields(tuner) if f.name in FIELDS}
+    if tuning.pissa:
+        values["r"] *= 2
+        values["lora_alpha"] *= math.sqrt(2) if tuner.use_rslora else 2
+    if float(values["lora_alpha"]).is_integer():
+        values["lora_alpha"] = int(values["lora_alpha"])  # other readers want it so
     saved = sorted(tuning.saved)
     if model.config.tie_word_embeddings and EMBED in saved:
         saved.remove(LM_HEAD)  # PEFT ties the head to the embedding's copy: ensure_weight_tying
@@ -137,6 +145,9 @@ def save_adapter(model: Model, directory: str | Path, base: str) -> None:
         if spec.local_shape != spec.shape:
             raise ValueError(f"save_adapter: {name} holds {spec.local_shape} of {spec.shape}, wants the whole parameter")
     tensors = {peft_name(name): p.detach().cpu().contiguous() for name, p in parameters.items()}
+    for name, start in model.pissa_start().items():
+        rows = name.endswith("lora_A")
+        tensors[peft_name(name)] = torch.cat((parameters[name].detach(), start if rows else -start), 0 if rows else 1).cpu()
     if EMBEDDING in parameters and HEAD not in model.specs:
         tensors[peft_name(HEAD)] = tensors[peft_name(EMBEDDING)].clone()  # PEFT ties them and wants both
     write_file(directory / WEIGHTS, functools.partial(save_file, tensors, metadata={"format": "pt"}))

@@ -44,7 +44,9 @@ from swiftk.kernels.rope import rope, rope_table
 from swiftk.kernels.swiglu import swiglu
 from swiftk.model.adapter import LM_HEAD, Tuning, is_adapter, resolve
 from swiftk.model.config import ModelConfig
-from swiftk.model.parameters import initial_value, param_specs
+from swiftk.model.parameters import initial_value, param_specs, random_start
+from swiftk.model.pissa import OVERSAMPLING, ROWS, principal
+from swiftk.parallel.comm import Comm
 from swiftk.parallel.mesh import Mesh
 
 RECOMPUTE = ("none", "selective", "full")
@@ -111,6 +113,8 @@ class Maker:
     ops: Ops
     dtype: torch.dtype  # of compute
     tuning: Tuning
+    seed: int  # of the adapters
+    comm: Comm  # of all ranks
 
 
 class _Leaf(nn.Module):
@@ -149,6 +153,8 @@ class Linear(_Leaf):
     lora_B: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
     weight_norm_sq: torch.Tensor | None  # squared norms of the rows of the weight, for DoRA
+    start_A: torch.Tensor | None  # PiSSA: the first values of lora_A and lora_B, whose product the weight lacks
+    start_B: torch.Tensor | None
     codes: torch.Tensor | None
     absmax: torch.Tensor | None
     nested_code_map: torch.Tensor | None
@@ -158,17 +164,51 @@ class Linear(_Leaf):
     def __init__(self, name: str, make: Maker) -> None:
         super().__init__(name, make, "lora_A", "lora_B", "lora_magnitude_vector")
         self.number, self.p = make.tuning.numbers[name], make.tuning.config.lora_dropout
+        self.name, self.seed, self.comm = name, make.seed, make.comm
+        self.rank, self.iterations = make.tuning.config.lora_rank, make.tuning.pissa_iterations
         self.register_buffer("weight_norm_sq", None, persistent=False)
+        for side in ("A", "B"):
+            first = getattr(self, f"lora_{side}") if make.tuning.pissa else None
+            self.register_buffer(f"start_{side}", None if first is None else first.detach().clone(), persistent=False)
         for buffer in ("codes", "absmax", "nested_code_map", "nested_absmax", "nested_offset"):
             self.register_buffer(buffer, None)
         if name in make.tuning.quantised and self.weight is not None:
             weight, self.weight = self.weight, None
-            self.set_nf4(nf4_quantize(weight.detach()))
+            self.set_nf4(nf4_quantize(self.begin(weight.detach())))
 
     def set_nf4(self, weight: NF4Tensor) -> None:
         self.codes, self.absmax, self.in_features, self.blocksize = weight[:4]
         if weight.nested is not None:
             self.nested_code_map, self.nested_absmax, self.nested_offset = weight.nested
+
+    @torch.no_grad()
+    def begin(self, weight: torch.Tensor, *, started: bool = False) -> torch.Tensor:
+        """The base's part of a weight (N, K), in its dtype: all of it, or with PiSSA what the adapter does not start with.
+        Rank 0 decomposes it for all ranks, unless `started`: then start_A and start_B are those of an earlier process."""
+        if self.start_A is None or self.start_B is None or self.lora_A is None or self.lora_B is None:
+            return weight
+        left = weight.to(torch.promote_types(weight.dtype, self.start_A.dtype), copy=True)
+        if not started:
+            finite = left.isfinite().all(1)
+            if not finite.all():
+                row = int((~finite).nonzero()[0])
+                raise ValueError(f"init_weights: {self.name}.weight has NaN or infinity in row {row}, wants a finite weight")
+            pair = None
+            if self.comm.rank == 0:
+                width = min(self.rank + OVERSAMPLING, *left.shape)
+                start = None if self.iterations is None else random_start(self.name, self.seed, width, left.shape[1])
+                pair = principal(left, self.rank, self.scale, start, self.iterations or 0)
+            pair = self.comm.broadcast_object(pair)
+            self.start_A.copy_(pair[0])
+            self.start_B.copy_(pair[1])
+        self.lora_A.copy_(self.start_A)
+        self.lora_B.copy_(self.start_B)
+        a, b = self.start_A.to(left.dtype).t().contiguous(), self.start_B.to(left.dtype)
+        step = max(1, ROWS // left.shape[1])
+        for first in range(0, len(left), step):  # a row's product is the same in any piece, and on any number of threads
+            rows = slice(first, first + step)
+            left[rows] -= self.scale * self.ops.linear(b[rows], a)
+        return left.to(weight.dtype)
 
     @property
     def base(self) -> torch.Tensor | NF4Tensor:
@@ -344,7 +384,7 @@ class Model(nn.Module):
                 value = initial_value(spec, value_seed, config.initializer_range, tuner.init_weights).to(dtype)
             return nn.Parameter(value, requires_grad=trains(name))
 
-        make = Maker(new, self.ops, compute_dtype, self.tuning)
+        make = Maker(new, self.ops, compute_dtype, self.tuning, adapter_seed, mesh.world.comm)
         self.model = Body(config, make)
         has_head = not config.tie_word_embeddings or LM_HEAD in self.tuning.adapted
         self.lm_head = Linear(LM_HEAD, make) if has_head else None  # tied and adapted: an adapter on the embedding's weight
@@ -361,14 +401,22 @@ class Model(nn.Module):
         return {name: leaf for name, leaf in self.named_modules() if isinstance(leaf, Linear)}
 
     @torch.no_grad()
-    def base_loaded(self) -> None:
+    def base_loaded(self, *, started: bool = False) -> None:
         """What adapters take from the weights they stand on; to be called when those have changed. DoRA starts from the
-        norms of their rows."""
+        norms of their rows; PiSSA takes its start out of those that are not in NF4 (it is out of these before they are
+        quantised). started: see `load_checkpoint`."""
         for name, leaf in self.linears().items():
+            if leaf.start_A is not None and leaf.weight is not None:
+                leaf.weight.copy_(leaf.begin(leaf.weight, started=started))
             if leaf.lora_magnitude_vector is not None:
                 base = self.head_base if name == LM_HEAD else leaf.base
                 leaf.weight_norm_sq = row_norm_sq(base, torch.promote_types(self.compute_dtype, torch.float32))
                 leaf.lora_magnitude_vector.copy_(leaf.weight_norm_sq.sqrt())
+
+    def pissa_start(self) -> dict[str, torch.Tensor]:
+        """Parameter name -> what it started with, of PiSSA's adapters; empty without."""
+        found = {name: {"lora_A": leaf.start_A, "lora_B": leaf.start_B} for name, leaf in self.linears().items()}
+        return {f"{name}.{kind}": t for name, pair in found.items() for kind, t in pair.items() if t is not None}
 
     @property
     def head_base(self) -> torch.Tensor | NF4Tensor:

@@ -36,7 +36,7 @@ def write(run_dir, step, params, optimizer, *, limit=None, best=False, args=ARGS
         (directory / "model.safetensors").write_bytes(b"weights" * 100)
 
     return checkpoint.save(
-        run_dir, state, params, optimizer, write_model=write_model, args=args, save_total_limit=limit, is_best=best
+        run_dir, state, params, optimizer, {}, write_model=write_model, args=args, save_total_limit=limit, is_best=best
     )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_what_was_saved_comes_back_bit_for_bit(run_dir):
     params, optimizer = make()
     path = write(run_dir, 5, params, optimizer, best=True)
     other, fresh = make(seed=1)
-    state = checkpoint.load(path, other, fresh)
+    state = checkpoint.load(path, other, fresh, {})
     assert (state.step, state.consumed_tokens, state.best_loss, state.best_step) == (5, 35, 1.5, 5)
     for name, p in params.items():
         assert torch.equal(other[name], p)
@@ -66,7 +66,7 @@ def test_moments_of_an_optimizer_that_never_stepped_are_filled(run_dir):
     path = write(run_dir, 5, *make())
     params = {"w": torch.nn.Parameter(torch.zeros(4, 3)), "b": torch.nn.Parameter(torch.zeros(3))}
     fresh = build_optimizer(params, OptimConfig())
-    checkpoint.load(path, params, fresh)
+    checkpoint.load(path, params, fresh, {})
     assert float(fresh.state[params["w"]]["step"]) == 1.0 and fresh.state[params["w"]]["exp_avg"].abs().sum() > 0
 
 
@@ -93,7 +93,7 @@ def test_whatever_the_optimizer_keeps_comes_back(run_dir, optim):
         step(params, optimizer, number)
     path = write(run_dir, 3, params, optimizer)
     other, resumed = fresh()
-    checkpoint.load(path, other, resumed)
+    checkpoint.load(path, other, resumed, {})
     for number in (4, 5):
         step(params, optimizer, number)
         step(other, resumed, number)
@@ -108,7 +108,7 @@ def test_moments_and_codes_are_not_read_as_each_other(run_dir):
     params = {"w": torch.nn.Parameter(torch.randn(70, 90))}
     path = write(run_dir, 3, params, build_optimizer(params, OptimConfig()))
     with pytest.raises(checkpoint.CheckpointError, match=r"exp_avg/w has torch\.float32, wants torch\.uint8"):
-        checkpoint.load(path, params, build_optimizer(params, OptimConfig(optim="adamw_8bit")))
+        checkpoint.load(path, params, build_optimizer(params, OptimConfig(optim="adamw_8bit")), {})
 
 
 def test_another_model_is_refused_by_name(run_dir):
@@ -117,7 +117,7 @@ def test_another_model_is_refused_by_name(run_dir):
     wrong = {"w": torch.nn.Parameter(torch.zeros(4, 2)), "c": torch.nn.Parameter(torch.zeros(3))}
     message = r"weight/b is not of this model.*weight/c is missing.*weight/w has \(4, 3\), wants \(4, 2\)"
     with pytest.raises(checkpoint.CheckpointError, match=message):
-        checkpoint.load(path, wrong, build_optimizer(wrong, OptimConfig()))
+        checkpoint.load(path, wrong, build_optimizer(wrong, OptimConfig()), {})
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_passed_over(run_dir, damage, why):
     found, notes = checkpoint.find_resumable(run_dir.parent, ARGS["arguments"])
     assert found == good and why in notes[0]
     with pytest.raises(checkpoint.CheckpointError, match="cannot be resumed"):
-        checkpoint.load(bad, params, optimizer)
+        checkpoint.load(bad, params, optimizer, {})
 
 
 def test_a_directory_that_never_was_a_checkpoint(tmp_path):

@@ -111,6 +111,33 @@ def test_five_and_five_equal_ten_with_dropout(base, tmp_path):
     assert not any(torch.equal(t, other[n]) for n, t in tensors[0].items())
 
 
+@pytest.mark.parametrize("quant_bits", [None, 4])
+def test_pissa_goes_on_from_where_it_started(base, tmp_path, monkeypatch, capsys, quant_bits):
+    """Exact resume, with the base as it was: nothing is decomposed a second time. Over the plain base the saved adapter is
+    the model that was trained."""
+    keys = arguments(base, tmp_path, init_weights="pissa_niter_2", quant_bits=quant_bits, max_steps=6, lr_decay_steps=6)
+    whole, parts = ({**keys, "output_dir": str(tmp_path / name / "out")} for name in ("whole", "parts"))
+    toy.launch(whole)
+    text = capsys.readouterr().out
+    assert "dropout 0.05, PiSSA; " in text
+    toy.launch({**parts, "max_steps": 3})
+    with monkeypatch.context() as resumed:
+        resumed.setattr("swiftk.model.transformer.principal", None)
+        toy.launch({**parts, "resume_from_checkpoint": "auto"})
+    a, b = last_of(tmp_path / "whole"), last_of(tmp_path / "parts")
+    assert_equal_runs(a, b)
+    found = state_of(a)
+    assert sum(name.startswith("start/") for name in found) == sum(name.startswith("weight/") for name in found) == 28
+    last = evaluations(tmp_path / "whole")
+    assert last[-1] < last[0] and last == evaluations(tmp_path / "parts")
+    tensors = [load_file(p / "adapter_model.safetensors") for p in (a, b)]
+    assert all(torch.equal(t, tensors[1][n]) for n, t in tensors[0].items())
+    if quant_bits is None:
+        more = {**keys, "output_dir": str(tmp_path / "more" / "out"), "adapters": (str(a),), "init_weights": "true"}
+        toy.launch({**more, "lora_rank": 8, "lora_alpha": 64, "max_steps": 1})
+        assert evaluations(tmp_path / "more")[0] == pytest.approx(last[-1], rel=1e-6)
+
+
 def test_each_step_draws_anew_and_evaluation_does_not_draw(base, tmp_path, monkeypatch):
     seen = []
 
@@ -175,6 +202,7 @@ def test_going_on_from_an_adapter_names_nothing_twice(base, tmp_path, capsys):
         for changes, message in (
             ({"lora_rank": 8}, f"lora_rank: has 8, wants 4 like {first}; leave it out, or start a new adapter"),
             ({"tuner_type": "full"}, "is given with tuner_type full"),
+            ({"init_weights": "pissa"}, "init_weights: has pissa with adapters, wants it left out"),
             ({"adapters": (str(first), str(first))}, "adapters: has 2 directories, wants one"),
             ({"adapters": (str(tmp_path / "none"),)}, "adapters: there is no"),
         ):

@@ -1,0 +1,38 @@
+"""PiSSA: an adapter that starts as the principal part of the weight it stands on (Meng, Wang & Zhang 2024).
+
+    W = U S V^T,    A0 = sqrt(S_r / s) V_r^T,    B0 = U_r sqrt(S_r / s),    base = W - s B0 A0,    s the adapter's scale
+
+so that base + s B A is W at the start, and what is trained first is what matters most. `pissa` takes the exact SVD,
+`pissa_niter_N` finds the leading directions by N rounds of subspace iteration from a random start (Halko, Martinsson & Tropp
+2011, algorithm 4.4, OVERSAMPLING columns more than the rank; peft takes none). The signs of the directions are free.
+
+(N, K) = (4096, 4096), rank 16, two cores of Zen 3, other work beside it: 156 s exactly, 0.2 s by 4 rounds.
+"""
+
+from __future__ import annotations
+
+import torch
+
+OVERSAMPLING = 8
+ROWS = 1 << 22  # elements of a product at a time
+
+
+def principal(
+    weight: torch.Tensor, rank: int, scale: float, start: torch.Tensor | None, iterations: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A0 (rank, K) and B0 (N, rank) of a weight (N, K), fp32 or fp64.
+
+    Args:
+        start: (at least rank, K), random: subspace iteration from its rows; None: the exact SVD.
+        iterations: of the subspace, after the first product.
+    """
+    if start is None:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        q = torch.linalg.qr(weight @ start.to(weight.dtype).t())[0]
+        for _ in range(iterations):
+            q = torch.linalg.qr(weight @ torch.linalg.qr(weight.t() @ q)[0])[0]
+        u, s, vh = torch.linalg.svd(q.t() @ weight, full_matrices=False)
+        u = q @ u
+    root = (s[:rank] / scale).sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
