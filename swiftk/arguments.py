@@ -72,7 +72,7 @@ ONE_SO_FAR = {
 WHAT = ("model", "model_config", "adapters", "tokenizer", "dataset", "val_dataset")  # without any of these: the preset
 POSITIVE = ("micro_batch_size", "global_batch_size", "logging_steps", "max_length", "packing_length", "num_train_epochs",
             "lr_decay_steps", "save_total_limit", "lora_rank", "lora_alpha", "ddp_timeout", "heartbeat_timeout", "peak_tflops",
-            "galore_rank", "galore_update_proj_gap", "galore_scale")  # fmt: skip
+            "galore_rank", "galore_update_proj_gap", "galore_scale", "lorap_lr_ratio", "lorap_emb_lr")  # fmt: skip
 NOT_NEGATIVE = ("learning_rate", "min_lr", "warmup_ratio", "weight_decay", "adam_eps", "max_grad_norm", "save_steps",
                 "eval_steps", "split_dataset_ratio", "preview")  # fmt: skip
 LORA_LEARNING_RATE = 1e-4  # where none is given; full tuning's is trainer/optimizer.py's
@@ -186,6 +186,8 @@ def parse_value(name: str, value: Any, kind: Any) -> Any:
             raise wrong()
         if typing.get_args(kind)[1] is str and any(not isinstance(v, str) for v in value.values()):
             raise wrong()
+        if typing.get_args(kind)[1] is float:
+            return {k: parse_value(f"{name}: {k}", v, float) for k, v in value.items()}
         return dict(value)
     if kind is bool:
         if isinstance(value, bool):
@@ -360,6 +362,11 @@ def check(values: dict[str, Any]) -> None:
     for name in NOT_NEGATIVE:
         if values.get(name) is not None and values[name] < 0:
             raise ArgumentError(f"{name}: has {values[name]}, wants at least 0")
+    for pattern, rate in values.get("parameter_lr", {}).items():
+        if rate <= 0:
+            raise ArgumentError(f"parameter_lr: {pattern!r} has {rate}, wants more than 0; freeze_parameters_regex freezes")
+    if values.get("learning_rate") == 0 and (values.get("parameter_lr") or values.get("lorap_lr_ratio")):
+        raise ArgumentError("learning_rate: has 0, wants more than 0: parameter_lr and LoRA+ are multiples of its curve")
     for name in ("adam_beta1", "adam_beta2", "split_dataset_ratio", "lora_dropout"):
         if name in values and not 0 <= values[name] < 1:
             raise ArgumentError(f"{name}: has {values[name]}, wants 0 <= x < 1")
@@ -434,13 +441,15 @@ def settle_tuner(values: dict[str, Any]) -> None:
         raise ArgumentError("quant_method: has bnb without quant_bits, wants --quant_bits 4")
     if values.get("quant_bits") and not lora:
         raise ArgumentError("quant_bits: has 4 with tuner_type full, wants tuner_type lora: NF4 weights cannot be trained")
-    for name in (*FIELDS, "init_weights", "adapters"):
+    for name in (*FIELDS, "init_weights", "adapters", "lorap_lr_ratio", "lorap_emb_lr"):
         if name in values and not lora:
             raise ArgumentError(f"{name}: is given with tuner_type full, wants tuner_type lora; or remove the key")
     if values.get("adapters") and values.get("init_weights", "true") != "true":
         raise ArgumentError(
             f"init_weights: has {values['init_weights']} with adapters, wants it left out: that adapter has its values"
         )
+    if values.get("lorap_emb_lr") and not values.get("lorap_lr_ratio"):
+        raise ArgumentError("lorap_emb_lr: is given without lorap_lr_ratio, wants both (LoRA+) or neither")
     if lora and values.get("model_config"):
         raise ArgumentError("tuner_type: has lora with model_config, wants full, or --model: adapters belong to a checkpoint")
     if values.get("optim") in ("galore", "q_galore") and lora:

@@ -51,6 +51,9 @@ class OptimConfig:
 
     optim: str = "adamw"  # adamw | adamw_8bit (8-bit moments) | galore | q_galore (matrices' gradients projected to a low rank)
     learning_rate: float | None = None  # None: 1e-4 (lora), 1e-5 (full)
+    parameter_lr: dict[str, float] = field(default_factory=dict)  # {"regex": rate} in place of learning_rate, by name
+    lorap_lr_ratio: float | None = None  # LoRA+: B, magnitudes and other vectors learn this times faster (4 to 16); None: off
+    lorap_emb_lr: float = 1e-6  # with LoRA+, the rate of an embedding's adapter
     min_lr: float = 0.0
     warmup_ratio: float = 0.05
     lr_scheduler_type: str = "cosine"  # cosine | linear | constant

@@ -3,6 +3,8 @@
 With s the step (from 0), W warm-up steps, S steps of the schedule:
     lr(s) = peak (s + 1) / W                                   s < W
     lr(s) = min + (peak - min) f((s - W) / (S - W))            f(t) = (1 + cos pi t) / 2 | 1 - t | 1
+A parameter learns at c lr(s), c = 1, or rate / peak where a regex of parameter_lr gives it a rate; with LoRA+ (Hayou, Ghosh &
+Yu 2024) c = lorap_lr_ratio for an adapter's B and for vectors, as in PEFT, and lorap_emb_lr / peak for an embedding's adapter.
 Clipping: g <- g min(1, max_norm / (|g| + 1e-6)), |g| over all parameters (Pascanu et al. 2013; torch's epsilon).
 AdamW: Loshchilov & Hutter 2019, torch's fused kernel; moments have the parameters' dtype, fp32. Decay applies to matrices
 and not to norms and biases, as in transformers. adamw_8bit keeps the moments in 8 bits (adamw_8bit.py); galore and q_galore
@@ -11,7 +13,9 @@ keep those of the projected gradients of the blocks' matrices (galore.py).
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -25,9 +29,13 @@ from swiftk.trainer.galore import GaLore
 DEFAULT_LEARNING_RATE = 1e-5  # full tuning
 
 
+def peak_rate(config: OptimConfig) -> float:
+    return DEFAULT_LEARNING_RATE if config.learning_rate is None else config.learning_rate
+
+
 def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     """The rate of optimizer step `step`, counted from 0; `total_steps` is the run's, unless lr_decay_steps fixes it."""
-    peak = DEFAULT_LEARNING_RATE if config.learning_rate is None else config.learning_rate
+    peak = peak_rate(config)
     total = config.lr_decay_steps or total_steps
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
@@ -37,24 +45,62 @@ def learning_rate(step: int, total_steps: int, config: OptimConfig) -> float:
     return config.min_lr + (peak - config.min_lr) * f
 
 
-def build_optimizer(params: Mapping[str, torch.nn.Parameter], config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
-    """The optimizer over the trainable ones: matrices with weight decay, the rest without. `seed`: of GaLore's projections.
+def lr_scales(vectors: Mapping[str, bool], config: OptimConfig) -> dict[str, float]:
+    """Name -> its factor of the learning rate. vectors: name -> whether it has one dimension, of what is trained.
 
-    Raises: ValueError for a dtype that the optimizer does not take, and for GaLore where no matrix can be projected.
+    Raises: ValueError for a regex of parameter_lr that is none, that no name has, or that shares a name with another one.
+    """
+    scales: dict[str, float] = {}
+    for name, vector in vectors.items():
+        if config.lorap_lr_ratio is None:
+            scales[name] = 1.0
+        elif ".lora_embedding_" in name:
+            scales[name] = config.lorap_emb_lr / peak_rate(config)
+        else:
+            scales[name] = config.lorap_lr_ratio if vector or name.endswith(".lora_B") else 1.0
+    claimed: dict[str, str] = {}
+    for pattern, rate in config.parameter_lr.items():
+        try:
+            found = [name for name in vectors if re.search(pattern, name)]
+        except re.error as error:
+            raise ValueError(f"parameter_lr: {pattern!r} is not a regex ({error})") from None
+        if not found:
+            near = difflib.get_close_matches(pattern.replace("\\", ""), vectors, n=3, cutoff=0.3) or list(vectors)[:3]
+            raise ValueError(
+                f"parameter_lr: {pattern!r} is found in the name of no trained parameter; the nearest are {', '.join(near)}"
+            )
+        for name in found:
+            if name in claimed:
+                raise ValueError(
+                    f"parameter_lr: {claimed[name]!r} and {pattern!r} are both found in {name}, wants one rate: make one of "
+                    "them narrower"
+                )
+            claimed[name], scales[name] = pattern, rate / peak_rate(config)
+    return scales
+
+
+def build_optimizer(params: Mapping[str, torch.nn.Parameter], config: OptimConfig, seed: int = 0) -> torch.optim.Optimizer:
+    """The optimizer over the trainable ones: matrices with weight decay, the rest without; a group per factor of the learning
+    rate (its `lr_scale`). `seed`: of GaLore's projections.
+
+    Raises: ValueError for a dtype that the optimizer does not take, as `lr_scales` does, and for GaLore where no matrix can
+    be projected.
     """
     trainable = {name: p for name, p in params.items() if p.requires_grad}
     galore = config.optim in ("galore", "q_galore")
-    matrices = {name: p for name, p in trainable.items() if p.dim() >= 2}
     projected = {
-        name: p for name, p in matrices.items()
+        name for name, p in trainable.items()
         if galore and p.dim() == 2 and name not in (EMBEDDING, HEAD) and config.galore_rank < min(p.shape)
     }  # fmt: skip
-    groups: list[dict[str, Any]] = [
-        {"params": [(n, p) for n, p in matrices.items() if n not in projected], "weight_decay": config.weight_decay},
-        {"params": [(n, p) for n, p in trainable.items() if p.dim() < 2], "weight_decay": 0.0},
-        {"params": list(projected.items()), "weight_decay": config.weight_decay, "project": True},
-    ]
-    groups = [g for g in groups if g["params"]]
+    scales = lr_scales({name: p.dim() < 2 for name, p in trainable.items()}, config)
+    kinds: dict[tuple[bool, bool, float], dict[str, Any]] = {}
+    for name, p in trainable.items():
+        settings = {"weight_decay": config.weight_decay if p.dim() >= 2 else 0.0, "lr_scale": scales[name]}
+        if name in projected:
+            settings["project"] = True
+        group = kinds.setdefault((name in projected, p.dim() >= 2, scales[name]), {"params": [], **settings})
+        group["params"].append((name, p))
+    groups = list(kinds.values())
     common: dict[str, Any] = {"lr": 0.0, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps}
     if config.optim == "adamw":
         return torch.optim.AdamW(groups, **common, fused=True)
@@ -83,8 +129,9 @@ def state_of(optimizer: torch.optim.Optimizer, p: torch.nn.Parameter) -> dict[st
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """rate: of a parameter with the factor 1."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_scale"]
 
 
 def gradient_norm(params: Iterable[torch.nn.Parameter]) -> float:

@@ -23,7 +23,7 @@ from swiftk.trainer.data import Dataset, load_splits, token_statistics, trained_
 from swiftk.trainer.evaluation import greedy
 from swiftk.trainer.loop import HeldOut, Training, train
 from swiftk.trainer.metrics import Reporter, measure_peak, peak_memory_gib
-from swiftk.trainer.optimizer import build_optimizer
+from swiftk.trainer.optimizer import build_optimizer, peak_rate
 from swiftk.trainer.packing import BatchPlan
 from swiftk.trainer.preview import preview
 from swiftk.trainer.rows import read_rows
@@ -332,6 +332,10 @@ def introduce(t: Training) -> None:
         say(f"held out    rows {report['rows']}, trained_tokens {report['trained_tokens']}, {text}")
     unit = "rows" if t.plan.packing_length is None else f"packs of {t.plan.packing_length} tokens"
     epochs = t.total_steps / t.plan.steps_per_epoch(0)
+    if own := [group for group in t.optimizer.param_groups if group["lr_scale"] != 1]:
+        usual = peak_rate(t.optim)
+        shown = (f"{usual * group['lr_scale']:.3g} ({len(group['params'])} tensors)" for group in own)
+        say(f"rates       {usual:.3g}, except {', '.join(shown)}")
     say(f"steps       {t.total_steps} of {t.config.global_batch_size} {unit} ({epochs:.2f} epochs), from step {t.step}")
     say(f"output      {t.run_dir}")
 

@@ -105,6 +105,13 @@ def test_other_spellings_of_an_optimizer(old, new):
         (["--lora_dropout", "1"], "lora_dropout: has 1.0, wants 0 <= x < 1"),
         (["--init_weights", "olora"], "init_weights: olora is not there yet, wants true or gaussian or pissa"),
         (["--init_weights", "pissa_niter_two"], "init_weights: has 'pissa_niter_two', wants true or gaussian or pissa"),
+        (["--lorap_lr_ratio", "0"], "lorap_lr_ratio: has 0.0, wants more than 0"),
+        (["--lorap_lr_ratio", "4", "--tuner_type", "full"], "lorap_lr_ratio: is given with tuner_type full"),
+        (["--lorap_emb_lr", "1e-5"], r"lorap_emb_lr: is given without lorap_lr_ratio, wants both \(LoRA\+\) or neither"),
+        (["--parameter_lr", '{"a": "x"}'], "parameter_lr: a: has 'x', wants a number"),
+        (["--parameter_lr", '{"a": 0}'], "parameter_lr: 'a' has 0.0, wants more than 0; freeze_parameters_regex freezes"),
+        (["--parameter_lr", "1e-5"], "parameter_lr: has 1e-05, wants a mapping"),
+        (["--parameter_lr", '{"a": 1e-5}', "--learning_rate", "0"], "learning_rate: has 0, wants more than 0: parameter_lr"),
         (["--quant_bits", "8"], "quant_bits: has 8, wants 4"),
         (["--quant_method", "bnb"], "quant_method: has bnb without quant_bits, wants --quant_bits 4"),
         (["--quant_bits", "4", "--tuner_type", "full"], "quant_bits: has 4 with tuner_type full, wants tuner_type lora"),
@@ -139,6 +146,15 @@ def test_the_tuner_is_made_explicit():
     assert a.tuner.tuner_type == "full" and a.optim.learning_rate is None
     assert parse([], preset=str(PRESET)).tuner.tuner_type == "full"
     assert {"tuner_type", "lora_rank", "quant_bits"} <= a.flat().keys()
+
+
+def test_rates_of_their_own(tmp_path):
+    want = {r"layers\.0\.": 1e-5, "norm": 2e-5}
+    assert read("--parameter_lr", '{"layers\\\\.0\\\\.": 1e-5, "norm": "2e-5"}').optim.parameter_lr == want
+    text = "model: m\ndataset: d\nparameter_lr: {'layers\\.0\\.': 1e-5, norm: 2.0e-5}\nlorap_lr_ratio: 16\n"
+    (tmp_path / "c.yaml").write_text(text)
+    a = parse([str(tmp_path / "c.yaml")], preset=str(PRESET))
+    assert a.optim.parameter_lr == want and a.optim.lorap_lr_ratio == 16.0
 
 
 def test_yaml_true_is_the_initial_weights_name(tmp_path):

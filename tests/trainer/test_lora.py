@@ -93,9 +93,12 @@ def test_a_run_and_its_adapter_in_peft(base, tmp_path, capsys, settings):
     assert config["base_model_name_or_path"] == str(base.resolve()) and config["lora_dropout"] == 0.05
 
 
-def test_five_and_five_equal_ten_with_dropout(base, tmp_path):
+def test_five_and_five_equal_ten_with_dropout(base, tmp_path, capsys):
     targets = ("all-linear", "lm_head")
-    keys = arguments(base, tmp_path, lora_dropout=0.2, max_steps=10, save_steps=5, lr_decay_steps=10, target_modules=targets)
+    keys = arguments(
+        base, tmp_path, lora_dropout=0.2, max_steps=10, save_steps=5, lr_decay_steps=10, target_modules=targets,
+        lorap_lr_ratio=4.0, parameter_lr={"lm_head": 0.002},
+    )  # fmt: skip
     whole, parts = ({**keys, "output_dir": str(tmp_path / name / "out")} for name in ("whole", "parts"))
     toy.launch(whole)
     toy.launch({**parts, "max_steps": 5})
@@ -106,6 +109,7 @@ def test_five_and_five_equal_ten_with_dropout(base, tmp_path):
     assert tensors[0].keys() == tensors[1].keys() and all(torch.equal(t, tensors[1][n]) for n, t in tensors[0].items())
     assert all(".lora_" in name for name in state_of(a))  # the base is not in the resume state
     assert any("lm_head" in name for name in state_of(a))
+    assert "rates       0.01, except 0.04 (14 tensors), 0.002 (2 tensors)\n" in capsys.readouterr().out
     toy.launch({**keys, "output_dir": str(tmp_path / "dry" / "out"), "lora_dropout": 0.0})
     other = load_file(last_of(tmp_path / "dry") / "adapter_model.safetensors")
     assert not any(torch.equal(t, other[n]) for n, t in tensors[0].items())
