@@ -107,7 +107,7 @@ def train(t: Training) -> bool:
         if trained:  # a step without a trained token changes nothing, not even by momentum or decay
             t.optimizer.step()
         if trained and check is not None:
-            check.after_step(t.step + 1, rate)
+            check.after_step(t.step + 1, t.optimizer)
         t.optimizer.zero_grad(set_to_none=True)
         t.step, t.consumed_tokens = t.step + 1, t.consumed_tokens + tokens
 

@@ -48,25 +48,29 @@ class TrainedCheck:
         other = self.params.get(f"{module}.{FACTORS.get(kind)}")
         return other is not None and not bool(other.detach().any())
 
-    def after_step(self, step: int, rate: float) -> None:
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """After an optimizer step with a trained token, while the gradients are there."""
+        held = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+        rates = {name: held.get(id(p)) for name, p in self.params.items()}
         self.steps += 1
-        self.effective += rate > 0
-        if not rate > 0 or not (self.effective == 1 or (self.effective == 2 and self.waiting)):
+        if not any(rates.values()):
+            return
+        self.effective += 1
+        if self.effective > 2 or (self.effective == 2 and not self.waiting):
             return
         moved = self._moved()
-        looked_at = self.params if self.effective == 1 else self.waiting
-        largest = {name: 0.0 if (g := self.params[name].grad) is None else float(g.abs().max()) for name in looked_at}
         problems, waiting = [], set()
-        for name, size in largest.items():
-            if size == 0 and name in self.waiting and self.effective == 1:
+        for name in self.params if self.effective == 1 else sorted(self.waiting):
+            grad, rate = self.params[name].grad, rates[name]
+            size = 0.0 if grad is None else float(grad.abs().max())
+            if not rate:
+                problems.append(f"{name}: " + ("it is not in the optimizer" if rate is None else "its learning rate is 0"))
+            elif size == 0 and name in self.waiting and self.effective == 1:
                 waiting.add(name)
             elif size == 0:
                 problems.append(f"{name}: its gradient is zero: the loss does not depend on it, or it is multiplied by zeros")
             elif name not in moved and rate * size / (size + SMALL) > self._resolution(name):
-                problems.append(
-                    f"{name}: it has not moved at rate {rate:.2g} though its gradient is up to {size:.2g}: is it in the optimizer?"
-                )
+                problems.append(f"{name}: its gradient is up to {size:.2g}, its rate {rate:.2g}, and the optimizer leaves it")
         self.waiting = waiting
         self._refuse(f"step {step}", problems)
         line = f"check_trained: {len(moved)} of {len(self.params)} trained tensors have moved after step {step}"

@@ -23,13 +23,15 @@ def made(params, comm=None):
     return TrainedCheck(params, comm or SingleComm(), lines.append), lines
 
 
-def step(params, check, number, rate=0.1, **gradients):
-    """SGD with the given gradients, by the last part of the name."""
+def step(params, check, number, rate=0.1, move=True, rates=None, **gradients):
+    """SGD with the given gradients, by the last part of the name; rates: of names, in place of `rate`."""
     for name, p in params.items():
         p.grad = torch.tensor(gradients.get(name.rsplit(".", 1)[-1], [0.0] * len(p)))
-        with torch.no_grad():
-            p -= rate * p.grad
-    check.after_step(number, rate)
+    each = dict.fromkeys(params, rate) if rates is None else rates
+    optimizer = torch.optim.SGD([{"params": [params[name]], "lr": r} for name, r in each.items()])
+    if move:
+        optimizer.step()
+    check.after_step(number, optimizer)
 
 
 def test_a_new_adapter_moves_in_two_steps():
@@ -72,20 +74,27 @@ def test_a_gradient_that_is_zero(steps):
 
 
 def test_an_update_that_is_not_made():
-    params = {"a.weight": parameter(1, 1), "b.weight": parameter(1, 1)}
+    params = {"a.weight": parameter(1, 1), "b.bias": parameter(1, 1)}
+    both = {"weight": [2.0, 1.0], "bias": [2.0, 1.0]}
     check, _ = made(params)
-    for p in params.values():
-        p.grad = torch.tensor([2.0, 1.0])
-    with torch.no_grad():
-        params["a.weight"] += 1
-    with pytest.raises(UntrainedError, match=r"b\.weight: it has not moved at rate 0\.1 though its gradient is up to 2: is it"):
-        check.after_step(1, 0.1)
+    with pytest.raises(UntrainedError, match=r"2 of 2 .*\n  b\.bias: its gradient is up to 2, its rate 0\.1, and the opt"):
+        step(params, check, 1, move=False, **both)
+    check, _ = made(params)
+    with pytest.raises(UntrainedError, match=r"1 of 2 .*: b\.bias: it is not in the optimizer"):
+        step(params, check, 1, rates={"a.weight": 0.1}, **both)
+    check, _ = made(params)
+    with pytest.raises(UntrainedError, match=r"1 of 2 .*: b\.bias: its learning rate is 0"):
+        step(params, check, 1, rates={"a.weight": 0.1, "b.bias": 0.0}, **both)
+
+
+def test_an_update_that_is_lost_in_rounding():
+    """In the first steps the rate may be too small to show, at the end not."""
+    params = {"m.lora_A": parameter(1, 1), "m.lora_B": parameter(0, 0)}
     check, lines = made(params)
-    with torch.no_grad():
-        params["a.weight"] += 1
-    check.after_step(1, 1e-8)  # too small to show in fp32: the rate may rise
-    assert lines == ["check_trained: 1 of 2 trained tensors have moved after step 1"]
-    with pytest.raises(UntrainedError, match=r"the end, 1 steps: 1 of 2 .* b\.weight: it has not moved: its updates are lost"):
+    for number in (1, 2):
+        step(params, check, number, rate=1e-8, lora_A=[0.0, number - 1.0], lora_B=[1.0, 1.0])
+    assert lines[1:] == ["check_trained: 1 of 2 trained tensors have moved after step 2"]
+    with pytest.raises(UntrainedError, match=r"the end, 2 steps: 1 of 2 .* m\.lora_A: it has not moved: its updates are lost"):
         check.at_end()
 
 
@@ -115,7 +124,7 @@ def test_in_a_run(base, tmp_path, capsys, monkeypatch):  # noqa: F811
     def without_one(params, *rest):
         return build_optimizer({n: p for n, p in params.items() if n != "model.layers.0.self_attn.k_proj.lora_B"}, *rest)
 
-    with monkeypatch.context() as broken, pytest.raises(UntrainedError, match=r"step 1: 1 of 28 .*k_proj\.lora_B: it has not"):
+    with monkeypatch.context() as broken, pytest.raises(UntrainedError, match=r"step 1: 1 of 28 .*k_proj\.lora_B: it is not"):
         broken.setattr(run_module, "build_optimizer", without_one)
         toy.launch({**keys, "output_dir": str(tmp_path / "broken")})
 
