@@ -37,6 +37,7 @@ class Options:
     device: str = "cpu"
     peers: frozenset[str] | None = None  # None: all that are installed
     quick: bool = False  # the smallest shape of each op, for the tests of the benchmarks themselves
+    dtypes: tuple[str, ...] = ()  # names; none: all (kernels), the CPU's own (train, memory)
 
     def wants(self, peer: str) -> bool:
         return self.peers is None or peer in self.peers
@@ -159,6 +160,11 @@ def peak_extra_mib(f: Callable[[], Any], device: str = "cpu") -> float | None:
         return (_status_kib("VmHWM") - before) / 1024
     except (OSError, AttributeError):
         return None
+
+
+def peak_resident_mib() -> float:
+    """The high-water mark of this process's resident set, MiB, since its start or the last peak_extra_mib."""
+    return _status_kib("VmHWM") / 1024
 
 
 def _status_kib(key: str) -> int:

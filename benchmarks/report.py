@@ -91,23 +91,40 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def training_markdown(result: dict[str, Any]) -> str:
-    """One row per kind of batch of `python -m swiftk.bench train`."""
-    lines = [f"A training step ({result['dtype']}, commit {result['commit']}):", ""]
-    head = ["rows", "padding of the peer", "tokens/s", "of the matmul floor", "peak MiB (peer)"]
+def training_markdown(results: list[dict[str, Any]]) -> str:
+    """One row per tuner and kind of batch of `python -m swiftk.bench train`."""
+    made = sorted({f"{r['dtype']}, {r['environment']['threads']} threads, commit {r['commit']}" for r in results})
+    lines = [f"A training step ({'; '.join(made)}):", ""]
+    head = ["step", "rows", "padding of the peer", "tokens/s", "of the matmul floor", "peak MiB (peer)"]
     head += ["peer's time / ours", "self-pair"]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for r in result["training"]:
-        ours, peer = r["swiftk"], r.get("transformers", {})
-        spread = f"transformers {r['ratio']:.2f}x ({min(r['ratio_steps']):.2f} .. {max(r['ratio_steps']):.2f})" if peer else ""
+    for r in (record for result in results for record in result["training"]):
+        ours, peer = r["swiftk"], r.get("peer", {})
+        spread = f"{min(r['ratio_steps']):.2f} .. {max(r['ratio_steps']):.2f}" if peer else ""
         memory = f"{ours['peak_mib'] or 0:.0f}" + (f" ({peer['peak_mib'] or 0:.0f})" if peer else "")
-        cells = [r["rows"], f"{100 * r['padding']:.0f} %", f"{ours['tokens_per_s']:.0f}", f"{ours['percent_of_floor']:.0f} %"]
-        lines.append("| " + " | ".join([*cells, memory, spread, f"{100 * r['self_spread']:.0f} %"]) + " |")
+        cells = [r["tuner"], r["rows"], f"{100 * r['padding']:.0f} %", f"{ours['tokens_per_s']:.0f}"]
+        against = f"{r['peer_name']} {r['ratio']:.2f}x ({spread})" if peer else ""
+        cells += [f"{ours['percent_of_floor']:.0f} %", memory, against, f"{100 * r['self_spread']:.0f} %"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _machines(results: Path) -> list[tuple[str, list[dict[str, Any]], str]]:
-    """(heading, records, table of training steps or nothing) per machine that has results."""
+def memory_markdown(r: dict[str, Any]) -> str:
+    """The components and peaks of `python -m swiftk.bench memory`."""
+    shape = ", ".join(f"{name} {value}" for name, value in r["model"].items())
+    what = f"{r['tokens']} tokens, {r['dtype']}, recompute {r['recompute']}, commit {r['commit']}; {shape}"
+    ours, peer = r["swiftk"], r.get("peer")
+    rows = [*ours["components_mib"].items(), ("sum", r["sum_mib"])]
+    if ours["peak_mib"] is not None:
+        rows.append((f"peak, {r['of_sum']:.2f}x of the sum", ours["peak_mib"]))
+    if peer and peer["peak_mib"] is not None:
+        rows.append(("peak of transformers + peft + bitsandbytes", peer["peak_mib"]))
+    lines = [f"Memory of a QLoRA step ({what}):", "", "| | MiB |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {mib:.0f} |" for name, mib in rows])
+
+
+def _machines(results: Path) -> list[tuple[str, list[dict[str, Any]], list[str]]]:
+    """(heading, records, tables of training steps and of memory) per machine that has results."""
     found = []
     for folder in sorted(p for p in results.iterdir() if p.is_dir() and list(p.glob("kernels-*.json"))):
         metas = [json.loads(path.read_text()) for path in sorted(folder.glob("kernels-*.json"))]
@@ -115,8 +132,11 @@ def _machines(results: Path) -> list[tuple[str, list[dict[str, Any]], str]]:
         versions = ", ".join(f"{k} {v}" for k, v in env["versions"].items())
         when = f"{max(m['date'] for m in metas)}, commit {', '.join(sorted({m['commit'] for m in metas}))}"
         heading = f"**{folder.name}** ({env['threads']} threads, isa {env['isa']}; {versions}; {when})"
-        train = folder / "train.json"
-        found.append((heading, load(folder), training_markdown(json.loads(train.read_text())) if train.is_file() else ""))
+        steps = [json.loads(path.read_text()) for path in sorted(folder.glob("train-*.json"))]
+        tables = [training_markdown(steps)] if steps else []
+        if (memory := folder / "memory.json").is_file():
+            tables.append(memory_markdown(json.loads(memory.read_text())))
+        found.append((heading, load(folder), tables))
     return found
 
 
@@ -133,8 +153,8 @@ def headlines(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def readme_block(results: Path) -> str:
     """The generated part of README.md."""
     parts: list[str] = []
-    for heading, records, train in _machines(results):
-        parts += [part for part in (heading, markdown(headlines(records)), train) if part]
+    for heading, records, tables in _machines(results):
+        parts += [heading, markdown(headlines(records)), *tables]
     if not any(p.startswith("**nvidia") or "h200" in p[:40] for p in parts):
         parts.append("No GPU result yet: nothing here has run on a GPU.")
     return "\n\n".join(parts)
@@ -148,8 +168,8 @@ def page(results: Path) -> str:
         "of three interleaved runs; the self-pair is the op against itself, the noise. Where isa is not avx512 the CPU has no\n"
         "bf16 product: torch converts or loops, so ratios in bf16 say little there.",
     ]
-    for heading, records, train in _machines(results):
-        parts += [part for part in (heading, markdown(records), train) if part]
+    for heading, records, tables in _machines(results):
+        parts += [heading, markdown(records), *tables]
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,5 +1,6 @@
-"""Microbenchmarks with their peers, the training benchmark, and what `make gpu` runs; from the source tree, where
-benchmarks/ lies. Values are checked before anything is timed; --save keeps the JSON, `readme` writes README's tables."""
+"""Microbenchmarks with their peers, the time (train) and the memory (memory) of a training step, and what `make gpu` runs;
+from the source tree, where benchmarks/ lies. Values are checked before anything is timed; --save keeps the JSON, `readme`
+writes README's tables."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def save(name: str, options: Options, payload: dict[str, Any]) -> Path:
     return path
 
 
-def run_kernels(options: Options, only: list[str], dtypes: list[str], keep: bool, plot: Path | None) -> int:
+def run_kernels(options: Options, only: list[str], keep: bool, plot: Path | None) -> int:
     names = kernel_names()
     unknown = [n for n in only if n not in names]
     if unknown:
@@ -55,7 +56,7 @@ def run_kernels(options: Options, only: list[str], dtypes: list[str], keep: bool
         module = importlib.import_module(f"swiftk.benchmarks.kernels.bench_{name}")
         records = []
         for case in module.cases(options):
-            if dtypes and str(case.dtype).removeprefix("torch.") not in dtypes:
+            if options.dtypes and str(case.dtype).removeprefix("torch.") not in options.dtypes:
                 continue
             try:
                 records.append(as_json(measure(case, limits, options)))
@@ -75,8 +76,8 @@ def run_kernels(options: Options, only: list[str], dtypes: list[str], keep: bool
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m swiftk.bench", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=["kernels", "train", "gpu", "readme"], default="kernels")
+    parser = argparse.ArgumentParser(prog="python -m swiftk.bench", description=__doc__, allow_abbrev=False)
+    parser.add_argument("what", nargs="?", choices=["kernels", "train", "memory", "gpu", "readme"], default="kernels")
     parser.add_argument("--only", nargs="+", default=[], metavar="OP")
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these peers (none: no peer); default: all installed")
     parser.add_argument("--isa", default="auto", choices=["auto", "avx512", "avx2", "portable"])
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="*", default=[], help="of `gpu`: build, test, bench-<op>")
     parser.add_argument("--quick", action="store_true", help="smallest shapes, one run: tests the benchmark, not the speed")
     args, rest = parser.parse_known_args(argv)
-    if rest and args.what != "train":
+    if rest and args.what not in ("train", "memory"):
         parser.error(f"unknown arguments {' '.join(rest)}")
     if args.compare:
         print(report.compare(*args.compare))
@@ -106,14 +107,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     peers = None if args.peers is None else frozenset(args.peers) - {"none"}
-    options = Options(isa=args.isa, device=args.device, peers=peers, quick=args.quick)
+    options = Options(isa=args.isa, device=args.device, peers=peers, quick=args.quick, dtypes=tuple(args.dtypes))
     torch.manual_seed(0)
     if args.what == "kernels":
         keep_freed_memory()
-        return run_kernels(options, args.only, args.dtypes, args.save, args.plot)
-    result = importlib.import_module("swiftk.benchmarks.bench_train").run(options, rest)
-    if args.save:
-        save("train", options, result)
+        return run_kernels(options, args.only, args.save, args.plot)
+    keep = (lambda name, payload: save(name, options, payload)) if args.save else None
+    importlib.import_module(f"swiftk.benchmarks.bench_{args.what}").run(options, rest, keep)
     return 0
 
 
