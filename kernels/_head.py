@@ -16,7 +16,7 @@ import torch
 
 from swiftk.kernels._checks import check_floating, refuse_double_backward
 from swiftk.kernels._native import acc_dtype, no_cuda_kernel
-from swiftk.kernels.dropout import Dropout, dropout_out
+from swiftk.kernels.dropout import Dropout, dropout_keys, dropout_out
 from swiftk.kernels.linear import with_rows
 from swiftk.kernels.lora_linear import (
     MASK_BYTES,
@@ -175,7 +175,7 @@ class AdapterGrad(NamedTuple):
 
 
 def head_grads(kept: KeptRows, hidden, args: HeadArgs, dx, dw, grad: AdapterGrad) -> tuple[torch.Tensor, ...]:
-    """The results of an operator: dx, dw, ds, db, dgain in the dtypes of their arguments, empty where not asked for."""
+    """The results of an operator: dx, ds, dgain as given, dw, db in the dtypes of weight, b; empty where not asked for."""
     weight = args.weight
     db = None if grad.db is None or args.b is None else grad.db.to(args.b.dtype)
     rest = (weight.new_empty(0) if dw is None else dw, kept.put(grad.ds, hidden))
@@ -217,7 +217,8 @@ def _head_low_rank_fwd_cpu(hidden, a, labels, ignore_index, scale, threshold, la
     if threshold == 0:
         base_product(x, a, None, s, isa, scale=factor)
     else:
-        tokens, height = kept.take(token_index), max(1, MASK_BYTES // max(1, x.shape[1] * x.element_size()))
+        seed_step, tokens = seed_step.contiguous(), kept.take(token_index)
+        height = max(1, MASK_BYTES // max(1, x.shape[1] * x.element_size()))
         for r in ranges(len(x), height):
             masked = torch.empty_like(x[r])
             dropout_out(x[r], threshold, seed_step, layer, tokens[r], masked, isa=isa)
@@ -231,7 +232,8 @@ def _head_low_rank_bwd_cpu(
 ):  # fmt: skip
     kept, acc = KeptRows("", labels, ignore_index, None), acc_dtype(hidden.dtype)
     x, ds = kept.take(hidden), kept.take(ds) * _factor(len(a), scale, threshold, acc)
-    mask = Mask(threshold, seed_step, layer, None if token_index is None else kept.take(token_index))
+    seed_step, tokens = dropout_keys(seed_step, None if token_index is None else kept.take(token_index))
+    mask = Mask(threshold, seed_step, layer, tokens)
     dx, da = None, a.new_empty(0)
     if need_da:
         grad = ds.new_zeros(a.shape)
@@ -334,5 +336,5 @@ def head_args(
             base, absmax, blocksize, adapter.a.detach(), adapter.b.detach(), scale, adapter.weight_norm_sq, hidden.dtype, isa
         )
         # a zero row of W + s B A gives 0 and dm = 0; over infinity, since where() would let 0 / 0 into dm
-        gain = adapter.magnitude.to(norm.dtype) / norm.where(norm > 0, torch.inf)
+        gain = adapter.magnitude.to(norm.dtype) / norm.where(norm != 0, torch.inf)
     return HeadArgs(base, absmax, blocksize, s, adapter.b, gain)

@@ -14,7 +14,7 @@ bits with the machine). The code of x is that of the nearest value, decided exac
 - a positive v is at least code 1, 3.25e-7 absmax: rounded to 0 it can leave m / eps for the next update. Fifty steps of a small
   network end 1.38 from fp32 AdamW's parameters, no element off by more than 0.27; with zeros allowed 2.96 and 1.74;
 - absmax below 2^-126 counts as 0, its block as zeros; a block with NaN or infinity is NaN from the next step on, and p of
-  the NaN element is NaN at once.
+  the NaN element is NaN at once; the square of a gradient above 1.8e19 is infinite.
 Tensors of fewer than 4096 elements keep m and v in fp32.
 
 Bytes an element: 16 (g, p and two codes read, p and the codes written) for fp32 p, 10 for bf16. State: 2.03 bytes an element

@@ -87,6 +87,13 @@ def dropout_out(
     )  # fmt: skip
 
 
+def dropout_keys(
+    seed_step: torch.Tensor | None, token_index: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """As the native calls read them, one after the other in memory."""
+    return None if seed_step is None else seed_step.contiguous(), None if token_index is None else token_index.contiguous()
+
+
 # --- operator ----------------------------------------------------------------------------------------------------
 
 torch.library.define(
@@ -100,7 +107,8 @@ def _dropout_fwd_cpu(x, threshold, seed_step, layer, token_index, isa):
         return x.clone(memory_format=torch.contiguous_format)
     x2 = x.reshape(-1, x.shape[-1]).contiguous()
     y = torch.empty_like(x2)
-    dropout_out(x2, threshold, seed_step, layer, token_index.contiguous(), y, 65536 / (65536 - threshold), isa)
+    seed_step, token_index = dropout_keys(seed_step, token_index)
+    dropout_out(x2, threshold, seed_step, layer, token_index, y, 65536 / (65536 - threshold), isa)
     return y.view(x.shape)
 
 
@@ -143,8 +151,9 @@ def check_dropout(op: str, dropout: Dropout, x: torch.Tensor) -> None:
     if x.shape[-1] > MAX_COLUMNS:
         raise ValueError(f"{op}: x has {x.shape[-1]} columns, dropout wants at most {MAX_COLUMNS}")
     for name, tensor, size in (("seed_step", dropout.seed_step, 2), ("token_index", dropout.token_index, x.shape[:-1].numel())):
-        if tensor.dtype != torch.int64 or tensor.device != x.device:
-            raise ValueError(f"{op}: dropout.{name} has {tensor.dtype} on {tensor.device}, wants torch.int64 on {x.device}")
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64 or tensor.device != x.device:
+            have = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise ValueError(f"{op}: dropout.{name} has {have}, wants torch.int64 on {x.device}")
         check_shape(op, f"dropout.{name}", tensor, (size,), f"x {tuple(x.shape)}")
 
 

@@ -134,7 +134,7 @@ def _fused_frozen(x, head: Head, labels, w, loss: _Loss, softcap, entropy, isa):
     (rows, hidden), vocab = x.shape, head.vocab
     acc, product = acc_dtype(x.dtype), product_dtype(x.dtype, isa)
     running = RunningStats.start(rows, acc, entropy, loss.label_smoothing > 0)
-    dx = torch.empty_like(x)
+    dx = torch.empty_like(x, dtype=acc)
     height = max((r.stop - r.start for r in even_blocks(rows, BLOCK_ROWS)), default=0)
     buffer = torch.empty(height * min(vocab, STEP), dtype=acc)
     copy = buffer if product == acc else torch.empty(buffer.shape, dtype=product)
@@ -172,7 +172,7 @@ def _fused_trained(x, head: Head, labels, w, loss: _Loss, softcap, entropy, need
     running = RunningStats.start(rows, acc, entropy, loss.label_smoothing > 0)
     fitting = BUFFER_BYTES // (vocab * acc.itemsize)
     blocks = list(even_blocks(rows, min(BLOCK_ROWS, max(TRAINED_ROWS, fitting))))
-    dx = torch.empty_like(x) if need_dx else None
+    dx = torch.empty_like(x, dtype=acc) if need_dx else None
     dw = torch.zeros(vocab, hidden, dtype=x.dtype if len(blocks) == 1 else acc) if need_dw else None
     grad = AdapterGrad.start(head, needs_adapter, acc)
     height = max((r.stop - r.start for r in blocks), default=0)
@@ -253,7 +253,7 @@ def _linear_cross_entropy_fwd_fake(
 
 @torch.library.register_kernel("swiftk::linear_cross_entropy_bwd", "cpu")
 def _linear_cross_entropy_bwd_cpu(dloss, token_loss, grads, inputs):
-    return [dloss * token_loss, *(g * dloss.to(g.dtype) for g in grads)]
+    return [dloss * token_loss, *(g * dloss for g in grads)]  # a 0-dimensional factor keeps its precision beside bf16
 
 
 @torch.library.register_fake("swiftk::linear_cross_entropy_bwd")
@@ -289,6 +289,7 @@ def _loss_backward(ctx, dloss, *_):
     rest = iter(scaled)
     dx, dw, ds, db, dgain = (next(rest) if need else None for need in ctx.needs)
     dtoken_weights = dtoken_weights if ctx.needs_input_grad[3] else None
+    dx = None if dx is None else dx.to(tensors[5].dtype)
     return dx, dw, None, dtoken_weights, *[None] * 8, ds, db, dgain, None
 
 

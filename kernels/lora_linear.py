@@ -33,7 +33,7 @@ import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
-from swiftk.kernels.dropout import Dropout, check_dropout, dropout_out, dropout_ref
+from swiftk.kernels.dropout import Dropout, check_dropout, dropout_keys, dropout_out, dropout_ref
 from swiftk.kernels.linear import as_matrix, linear_out, matmul_dtype, with_rows
 from swiftk.kernels.nf4 import NF4Tensor, check_nf4, nf4_dequantize, nf4_dequantize_ref
 from swiftk.kernels.nf4_linear import matmul_weight, nf4_linear_out
@@ -100,7 +100,7 @@ def lora_linear_ref(
         y = y + (delta if segment_ids is None else torch.where((segment_ids == e).view(*x.shape[:-1], 1), delta, 0))
     if adapter.magnitude is not None:
         norm = (w + scales[0] * b[0] @ a[0]).norm(dim=1).detach()
-        y = y * torch.where(norm > 0, adapter.magnitude.to(acc) / norm, 0)
+        y = y * torch.where(norm == 0, 0, adapter.magnitude.to(acc) / norm)
     return (y if bias is None else y + bias.to(acc)).to(x.dtype)
 
 
@@ -204,8 +204,8 @@ def _keep_own(s: torch.Tensor, segment_ids: torch.Tensor, adapters: int) -> None
     s.view(len(s), adapters, s.shape[1] // adapters).masked_fill_(~own[..., None], 0)
 
 
-def _check_values(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], segment_ids: torch.Tensor | None) -> None:
-    """Of several adapters: ids in range, values finite, since 0 times infinity of one would be NaN in rows of the others."""
+def _check_values(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], segment_ids: torch.Tensor | None, dtype) -> None:
+    """Of a stack: ids in range, values finite in x's dtype: 0 times infinity of one would be NaN in rows of the others."""
     if segment_ids is None:
         return
     for pair in zip(a, b, strict=True):
@@ -214,9 +214,11 @@ def _check_values(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], segment_
             worst = int(segment_ids.max() if segment_ids.max() >= adapters else segment_ids.min())
             raise ValueError(f"lora_linear: segment_ids has {worst}, wants -1 to {adapters - 1}")
         for name, t in zip("ab", pair, strict=True):
-            if adapters > 1 and not (finite := t.detach().isfinite().flatten(1).all(1)).all():
+            if not (finite := t.detach().to(dtype).isfinite().flatten(1).all(1)).all():
                 bad = int(finite.logical_not().nonzero()[0])
-                raise ValueError(f"lora_linear: adapter {bad} of {adapters} has values in {name} that are not finite")
+                raise ValueError(
+                    f"lora_linear: adapter {bad} of {adapters} has values in {name} that are not finite in {dtype}"
+                )
 
 
 def adapted_norm(weight, a, b, s, norm_sq, isa):
@@ -231,8 +233,8 @@ def adapted_norm(weight, a, b, s, norm_sq, isa):
 
 
 def _gain(magnitude, norm):
-    """g = m / norm, 0 where the norm is 0."""
-    return torch.where(norm > 0, magnitude.to(norm.dtype) / norm, 0)
+    """g = m / norm, 0 where the norm is 0; a NaN stays one."""
+    return torch.where(norm == 0, 0, magnitude.to(norm.dtype) / norm)
 
 
 def _groups(a: Sequence[torch.Tensor], scales: Sequence[float]):
@@ -249,7 +251,8 @@ def _lora_linear_fwd_cpu(
     x, weights, absmax, blocksizes, biases, a, b, scales, magnitudes, norms_sq, thresholds, layers, seed_step, token_index,
     segment_ids, isa,
 ):  # fmt: skip
-    _check_values(a, b, segment_ids)
+    _check_values(a, b, segment_ids, x.dtype)
+    seed_step, token_index = dropout_keys(seed_step, token_index)
     acc, x2 = acc_dtype(x.dtype), as_matrix(x)
     M, K = x2.shape
     columns, per_linear = zip(*_groups(a, scales), strict=True)
@@ -303,8 +306,8 @@ def _unflat(grad: torch.Tensor, like: torch.Tensor, transposed: bool) -> torch.T
 
 def _dm(dy, unbiased, magnitude, norm, x, weight, s, b, isa):
     """dm = sum over rows of dy (y - bias) / m, the second factor as x W^T + S B^T over the norm where m is 0."""
-    dm = torch.where(norm > 0, _column_dot(dy, unbiased, isa) / magnitude, 0)
-    zero = ((magnitude == 0) & (norm > 0)).nonzero()[:, 0]
+    dm = torch.where(norm == 0, 0, _column_dot(dy, unbiased, isa) / magnitude)
+    zero = ((magnitude == 0) & (norm != 0)).nonzero()[:, 0]
     if len(zero):
         u = dy.new_empty(len(dy), len(zero))
         base_product(x, take_rows(weight, zero), None, u, isa, tail=(s, b[zero]))
@@ -331,6 +334,7 @@ def _lora_linear_bwd_cpu(
     token_index, segment_ids, needs_dx, needs_adapters, isa,
 ):  # fmt: skip
     dtype, acc = dy[0].dtype, acc_dtype(dy[0].dtype)
+    seed_step, token_index = dropout_keys(seed_step, token_index)
     dys = [as_matrix(d) for d in dy]
     M, K = len(dys[0]), a[0].shape[-1]
     weights = _weights(weights, absmax, blocksizes, K)
@@ -459,7 +463,8 @@ refuse_double_backward("lora_linear", "swiftk::lora_linear_bwd")
 
 
 def scales_of(adapter: Adapter, adapters: int) -> list[float]:
-    return [float(s) for s in adapter.scale] if isinstance(adapter.scale, tuple) else [float(adapter.scale)] * adapters
+    scale = adapter.scale
+    return [float(s) for s in scale] if isinstance(scale, (tuple, list)) else [float(scale)] * adapters
 
 
 def check_lora(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
@@ -484,8 +489,11 @@ def check_lora(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
     a, b, _, magnitude, norm_sq = adapter
     acc = acc_dtype(x.dtype)
     for name, t in (("a", a), ("b", b), ("magnitude", magnitude)):
-        if t is not None and (t.dtype not in (x.dtype, acc) or t.device != x.device):
-            raise ValueError(f"{op}: adapter.{name} has {t.dtype} on {t.device}, wants {x.dtype} or {acc} on {x.device}")
+        if t is None and name == "magnitude":
+            continue
+        if not isinstance(t, torch.Tensor) or t.dtype not in (x.dtype, acc) or t.device != x.device:
+            have = f"{t.dtype} on {t.device}" if isinstance(t, torch.Tensor) else type(t).__name__
+            raise ValueError(f"{op}: adapter.{name} has {have}, wants a tensor of {x.dtype} or {acc} on {x.device}")
     if a.dim() not in (2, 3):
         raise ValueError(f"{op}: adapter.a has shape {tuple(a.shape)}, wants (r, K) or (adapters, r, K)")
     check_shape(op, "adapter.a", a, (*a.shape[:-1], K), f"weight {tuple(weight.shape)}")

@@ -326,7 +326,12 @@ def check_nf4(op: str, w: NF4Tensor) -> None:
     if w.absmax.device != w.codes.device:
         raise ValueError(f"{op}: absmax has device {w.absmax.device}, wants {w.codes.device} like codes")
     if w.nested:
-        check_floating(op, **{f"nested.{name}": t for name, t in w.nested._asdict().items()})
+        for name, t in w.nested._asdict().items():
+            if t.dtype != torch.float32 or t.device != w.codes.device:
+                raise ValueError(
+                    f"{op}: nested.{name} has {t.dtype} on {t.device}, wants torch.float32 on {w.codes.device}: the parts of "
+                    "an NF4Tensor are not cast with a model"
+                )
         count = -(-w.absmax.numel() // NESTED_BLOCKSIZE)
         for name, want in (("code_map", (256,)), ("absmax", (count,)), ("offset", ())):
             check_shape(op, f"nested.{name}", getattr(w.nested, name), want, f"absmax {tuple(w.absmax.shape)}")

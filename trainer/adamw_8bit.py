@@ -40,10 +40,18 @@ class AdamW8bit(torch.optim.Optimizer):
         weight_decay: float = 1e-2, *, min_8bit: int = MIN_8BIT, isa: str = "auto",
     ) -> None:  # fmt: skip
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.min_8bit, self.isa = min_8bit, isa
-        dtypes = {p.dtype for group in self.param_groups for p in group["params"]}
-        for dtype in dtypes - {torch.float32, torch.bfloat16}:
-            raise ValueError(f"{type(self).__name__}: a parameter has dtype {dtype}, wants torch.float32 or torch.bfloat16")
+        self.min_8bit, self.isa, op = min_8bit, isa, type(self).__name__
+        for group in self.param_groups:
+            for name in ("lr", "eps", "weight_decay"):
+                if not group[name] >= 0:
+                    raise ValueError(f"{op}: {name} has {group[name]}, wants at least 0")
+            if not all(0 <= beta < 1 for beta in group["betas"]):
+                raise ValueError(f"{op}: betas has {group['betas']}, wants two of at least 0 and below 1")
+            for p in group["params"]:
+                if p.dtype not in (torch.float32, torch.bfloat16):
+                    raise ValueError(f"{op}: a parameter has dtype {p.dtype}, wants torch.float32 or torch.bfloat16")
+                if not p.is_contiguous():
+                    raise ValueError(f"{op}: a parameter {tuple(p.shape)} has strides {p.stride()}, wants it contiguous")
 
     def initial_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
         """The state of a parameter that was never updated."""

@@ -77,6 +77,8 @@ class GaLore(AdamW8bit):
         weight_decay: float = 0.0, *, rank: int = 128, gap: int = 200, scale: float = 0.25, quantized: bool = False,
         seed: int = 0, isa: str = "auto",
     ) -> None:  # fmt: skip
+        if rank < 1 or gap < 1:
+            raise ValueError(f"GaLore: rank has {rank} and gap {gap}, wants at least 1")
         super().__init__(params, lr, betas, eps, weight_decay, min_8bit=MIN_8BIT if quantized else sys.maxsize, isa=isa)
         self.rank, self.gap, self.scale, self.quantized, self.seed = rank, gap, scale, quantized, seed
         groups = [group for group in self.param_groups if group.get("project")]
@@ -106,6 +108,8 @@ class GaLore(AdamW8bit):
 
     def project_anew(self, p: torch.Tensor, g: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
         step, old = int(state["step"]), self.projection(p, state)
+        if not g.isfinite().all():
+            raise ValueError(f"GaLore: the gradient of {self.names[p]} is not finite at step {step}, when it is projected anew")
         new = leading_directions(g, self.rank, f"{self.seed}/{self.names[p]}/{step}")
         along = (new * old).sum(0)
         new = new * torch.where(along < 0, -1.0, 1.0)

@@ -261,6 +261,16 @@ def test_magnitude_and_row_norm_of_zero():
     assert torch.equal(y[:, 4], args[4][4].expand(12)) and grads[4][4] == 0 and not any(g.isnan().any() for g in grads)
 
 
+def test_a_norm_that_is_nan_shows():
+    x, w, a, b, _, m = (None if t is None else t.float() for t in make(5, 6, 30, 4, torch.float32, True))
+    norm_sq = row_norm_sq(w)
+    norm_sq[3] = torch.nan
+    m.requires_grad_()
+    y = lora_linear(x, w, Adapter(a, b, 2.0, m, norm_sq))
+    y.sum().backward()
+    assert y[:, 3].isnan().all() and m.grad[3].isnan() and y.isnan().sum() == 5 and m.grad.isnan().sum() == 1
+
+
 def test_dm_beside_a_large_bias():
     """Qwen2's key biases exceed the products a hundredfold: y - bias from a rounded y would be noise."""
     args = make(60, 20, 40, 4, torch.bfloat16, True)
@@ -295,6 +305,16 @@ def test_empty_and_non_contiguous():
     assert torch.equal(lora_linear(strided[0], strided[1], Adapter(strided[2], strided[3], 2.0), strided[4]), whole)
     grads = [torch.autograd.grad(lora_linear(t, w, adapter).sum(), (a, b)) for t in (x, x.t().contiguous().t())]
     assert all(torch.equal(p, q) for p, q in zip(*grads, strict=True))
+
+
+def test_keys_of_the_dropout_may_be_strided():
+    x, w, a, b, _, _ = (None if t is None else t.float() for t in make(8, 6, 20, 3, torch.float32))
+    adapter, plain_keys = Adapter(a.requires_grad_(), b.requires_grad_(), 2.0), make_dropout(8)
+    every_other = [torch.stack([t, t + 1], -1).flatten()[::2] for t in (plain_keys.seed_step, plain_keys.token_index)]
+    strided = plain_keys._replace(seed_step=every_other[0], token_index=every_other[1])
+    outs = [lora_linear(x, w, adapter, dropout=d) for d in (plain_keys, strided)]
+    assert torch.equal(*outs)
+    assert all(torch.equal(p, q) for p, q in zip(*(torch.autograd.grad(y.sum(), (a, b)) for y in outs), strict=True))
 
 
 def test_second_backward_and_gradient_of_the_gradient():
@@ -391,7 +411,7 @@ def bad_calls():
     yield (x, w, good, torch.ones(2)), {}, r"bias has shape \(2,\), weight \(3, 4\) needs \(3,\)"
     yield (x, w, Adapter(torch.randn(2, 5), b, 1.0)), {}, r"adapter.a has shape \(2, 5\), weight \(3, 4\) needs \(2, 4\)"
     yield (x, w, Adapter(a, torch.randn(3, 5), 1.0)), {}, r"adapter.b has shape \(3, 5\), adapter.a \(2, 4\) needs \(3, 2\)"
-    yield (x, w, Adapter(a.double(), b, 1.0)), {}, "adapter.a has torch.float64 on cpu, wants torch.float32 or torch.float32"
+    yield (x, w, Adapter(a.double(), b, 1.0)), {}, "adapter.a has torch.float64 on cpu, wants a tensor of torch.float32"
     yield (x, w, good._replace(magnitude=torch.ones(3))), {}, "adapter.weight_norm_sq has None, wants torch.float32: row_n"
     yield (x, w, good._replace(magnitude=torch.ones(2))), {}, r"adapter.magnitude has shape \(2,\), weight \(3, 4\) needs"
     ids = torch.zeros(2, dtype=torch.int32)
@@ -399,6 +419,13 @@ def bad_calls():
     stack = Adapter(a[None], b[None], (1.0, 2.0))
     yield (x, w, stack._replace(scale=1.0)), {}, r"adapter.a has shape \(1, 2, 4\), wants segment_ids \(T,\)"
     yield (x, w, stack), {"segment_ids": ids}, "adapter.scale has 2 entries, wants 1 like adapter.a"
+    infinite = Adapter(a[None], torch.full((1, 3, 2), torch.inf), 1.0)
+    yield (x, w, infinite), {"segment_ids": ids - 1}, "adapter 0 of 1 has values in b that are not finite in torch.float32"
+    large = Adapter(a[None], torch.full((1, 3, 2), 3.4e38), 1.0)
+    yield (x.bfloat16(), w.bfloat16(), large), {"segment_ids": ids - 1}, "adapter 0 of 1 has .* not finite in torch.bfloat16"
+    yield (x, w, Adapter(a.tolist(), b, 1.0)), {}, "adapter.a has list, wants a tensor of torch.float32"
+    listed = make_dropout(2)._replace(seed_step=[1, 2])
+    yield (x, w, good), {"dropout": listed}, "dropout.seed_step has list, wants torch.int64 on cpu"
     yield (x, w, good), {"isa": "sse9"}, "isa has 'sse9', wants one of"
     yield (x, w, good), {"dropout": make_dropout(3)}, r"dropout.token_index has shape \(3,\), x \(2, 4\) needs \(2,\)"
 

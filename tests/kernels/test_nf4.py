@@ -12,6 +12,7 @@ import torch
 from swiftk.kernels.nf4 import (
     BLOCKSIZES,
     VALUES,
+    Nested,
     NF4Tensor,
     dynamic_map,
     nf4_dequantize,
@@ -446,5 +447,7 @@ def test_more_errors_of_dequantize():
         nf4_dequantize(torch.randn(2, 128))
     with pytest.raises(ValueError, match=r"absmax has dtype torch.float32, wants torch.uint8"):
         nf4_dequantize(w._replace(absmax=w.absmax.float()))
+    with pytest.raises(ValueError, match=r"nested.code_map has torch.float64 on cpu, wants torch.float32 on cpu"):
+        nf4_dequantize(w._replace(nested=Nested(*(t.double() for t in w.nested))))
     with pytest.raises(ValueError, match=r"nested.absmax has shape \(2,\), absmax \(2, 2\) needs \(1,\)"):
         nf4_dequantize(w._replace(nested=w.nested._replace(absmax=torch.zeros(2))))

@@ -162,11 +162,22 @@ def test_a_state_dict_goes_on_bit_for_bit():
         assert all(torch.equal(t, fresh.state[q][name]) for name, t in optimizer.state[p].items())
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"lr": -1.0}, "lr has -1.0, wants at least 0"), ({"eps": float("nan")}, "eps has"), ({"betas": (0.9, 1.0)}, "betas has")],
+)
+def test_wrong_rates(wrong, message):
+    with pytest.raises(ValueError, match=f"AdamW8bit: {message}"):
+        AdamW8bit([torch.nn.Parameter(torch.zeros(3))], **wrong)
+
+
 def test_a_closure_and_a_wrong_dtype():
     params, optimizer = make(steps=0)
     assert optimizer.step(lambda: sum(p.sum() for p in params)) is not None
     with pytest.raises(ValueError, match=r"AdamW8bit: a parameter has dtype torch\.float64, wants torch\.float32 or"):
         AdamW8bit([torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))])
+    with pytest.raises(ValueError, match=r"AdamW8bit: a parameter \(4, 3\) has strides \(1, 4\), wants it contiguous"):
+        AdamW8bit([torch.nn.Parameter(torch.zeros(3, 4).t())])
 
 
 # --- bitsandbytes ------------------------------------------------------------------------------------------------

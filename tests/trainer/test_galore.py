@@ -195,5 +195,11 @@ def test_it_trains(quantized):
 def test_errors():
     with pytest.raises(ValueError, match=r"GaLore: w has shape \(3, 40\), wants two sides larger than the rank, 4"):
         GaLore([{"params": [("w", torch.nn.Parameter(torch.zeros(3, 40)))], "project": True}], rank=4)
+    w = torch.nn.Parameter(torch.zeros(8, 40))
+    with pytest.raises(ValueError, match="GaLore: rank has 0 and gap 200, wants at least 1"):
+        GaLore([{"params": [("w", w)], "project": True}], rank=0)
+    w.grad = torch.full((8, 40), torch.nan)
+    with pytest.raises(ValueError, match="GaLore: the gradient of w is not finite at step 1, when it is projected anew"):
+        GaLore([{"params": [("w", w)], "project": True}], rank=4).step()
     with pytest.raises(ValueError, match="galore_rank: has 4096, and no trained matrix of a block has both sides"):
         build_optimizer(params(), OptimConfig(optim="galore", galore_rank=4096))
