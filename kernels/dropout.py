@@ -106,10 +106,10 @@ def _dropout_fwd_cpu(x, threshold, seed_step, layer, token_index, isa):
     if threshold == 0 or x.numel() == 0:
         return x.clone(memory_format=torch.contiguous_format)
     x2 = x.reshape(-1, x.shape[-1]).contiguous()
-    y = torch.empty_like(x2)
+    y = x.new_empty(x.shape)  # not a view, which autograd would not let be changed in place
     seed_step, token_index = dropout_keys(seed_step, token_index)
-    dropout_out(x2, threshold, seed_step, layer, token_index, y, 65536 / (65536 - threshold), isa)
-    return y.view(x.shape)
+    dropout_out(x2, threshold, seed_step, layer, token_index, y.view(x2.shape), 65536 / (65536 - threshold), isa)
+    return y
 
 
 @torch.library.register_kernel("swiftk::dropout_fwd", "cuda")

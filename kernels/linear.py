@@ -97,9 +97,10 @@ torch.library.define("swiftk::linear_fwd", "(Tensor x, Tensor weight, Tensor? bi
 @torch.library.register_kernel("swiftk::linear_fwd", "cpu")
 def _linear_fwd_cpu(x, weight, bias, isa):
     x2 = as_matrix(x)
-    y = x.new_empty(x2.shape[0], weight.shape[0])
-    linear_out(x2, with_rows(weight), None if bias is None else bias.contiguous(), y, isa)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])  # not a view, which autograd would not let be changed in place
+    out = y.view(x2.shape[0], weight.shape[0])
+    linear_out(x2, with_rows(weight), None if bias is None else bias.contiguous(), out, isa)
+    return y
 
 
 @torch.library.register_kernel("swiftk::linear_fwd", "cuda")

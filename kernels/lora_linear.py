@@ -19,7 +19,8 @@ An NF4 base is `nf4_linear` (forward) and slices of dequantised columns (dx): th
 
 Unlike peft: dropout is drawn per adapted linear (peft too) and from (seed, step, layer, token, column) (peft: the global
 generator); DoRA with dropout keeps x in the base product, where peft drops x there too (a second dense GEMM): equal to peft
-at p = 0 and in evaluation. A row of W + s B A that is zero gives 0 and dm = 0 (peft: NaN).
+at p = 0 and in evaluation. A row of W + s B A that is zero gives 0 and dm = 0 (peft: NaN); one below
+about 3e-4 of its row of W may, since the expansion above cancels there.
 Not supported: a trainable W, DoRA with several adapters, the gradient of the gradient, a CUDA kernel (not there yet).
 """
 
@@ -278,7 +279,8 @@ def _lora_linear_fwd_cpu(
         if a[i].dim() == 3:
             _keep_own(s[:, columns[i]], segment_ids, a[i].shape[0])
         bias = biases[i].contiguous() if biases and len(biases[i]) else None
-        y, gain = x.new_empty(M, len(B)), None
+        ys.append(x.new_empty(*x.shape[:-1], len(B)))  # not a view, which autograd would not let be changed in place
+        y, gain = ys[-1].view(M, len(B)), None
         if magnitudes:
             norms.append(adapted_norm(weight, A, B, scale, norms_sq[i], isa))
             gain = _gain(magnitudes[i], norms[-1])
@@ -292,7 +294,6 @@ def _lora_linear_fwd_cpu(
             base_product(x2, weight, None, sums, isa, tail, gain)
             torch.add(sums, bias, out=y)
             unbiased.append(sums.to(x.dtype))
-        ys.append(y.view(*x.shape[:-1], len(B)))
     return [*ys, s, *unbiased, *norms]
 
 
@@ -513,10 +514,10 @@ def check_lora(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
         if a.dim() == 3:
             raise ValueError(f"{op}: adapter.magnitude with several adapters is not supported; call once per adapter")
         check_shape(op, "adapter.magnitude", magnitude, (N,), f"weight {tuple(weight.shape)}")
-        if norm_sq is None or norm_sq.dtype != acc:
-            have = "None" if norm_sq is None else norm_sq.dtype
+        if norm_sq is None or norm_sq.dtype != acc or norm_sq.device != x.device:
+            have = "None" if norm_sq is None else f"{norm_sq.dtype} on {norm_sq.device}"
             call = "row_norm_sq(weight, torch.float64)" if nf4 and acc == torch.float64 else "row_norm_sq(weight)"
-            raise ValueError(f"{op}: adapter.weight_norm_sq has {have}, wants {acc}: {call}, once per base weight")
+            raise ValueError(f"{op}: adapter.weight_norm_sq has {have}, wants {acc} on {x.device}: {call}, once per base")
         check_shape(op, "adapter.weight_norm_sq", norm_sq, (N,), f"weight {tuple(weight.shape)}")
     if dropout is not None:
         check_dropout(op, dropout, x)

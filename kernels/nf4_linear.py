@@ -67,10 +67,10 @@ torch.library.define(
 @torch.library.register_kernel("swiftk::nf4_linear_fwd", "cpu")
 def _nf4_linear_fwd_cpu(x, codes, absmax, bias, in_features, blocksize, isa):
     x2 = as_matrix(x)
-    y = x.new_empty(x2.shape[0], codes.shape[0])
+    y = x.new_empty(*x.shape[:-1], codes.shape[0])
     w = NF4Tensor(with_rows(codes), with_rows(absmax), in_features, blocksize)
-    nf4_linear_out(x2, w, None if bias is None else bias.contiguous(), y, isa)
-    return y.view(*x.shape[:-1], codes.shape[0])
+    nf4_linear_out(x2, w, None if bias is None else bias.contiguous(), y.view(x2.shape[0], codes.shape[0]), isa)
+    return y
 
 
 @torch.library.register_kernel("swiftk::nf4_linear_bwd", "cpu")

@@ -52,10 +52,10 @@ torch.library.define(
 @torch.library.register_kernel("swiftk::rms_norm_fwd", "cpu")
 def _rms_norm_fwd_cpu(x, weight, eps, isa):
     x2 = x.reshape(-1, x.shape[-1]).contiguous()
-    y = torch.empty_like(x2)
+    y = x.new_empty(x.shape)  # not a view, which autograd would not let be changed in place
     rstd = x2.new_empty(x2.shape[0], dtype=acc_dtype(x.dtype))
-    rms_norm_out(x2, weight.contiguous(), eps, y, rstd, isa)
-    return y.view(x.shape), rstd
+    rms_norm_out(x2, weight.contiguous(), eps, y.view(x2.shape), rstd, isa)
+    return y, rstd
 
 
 @torch.library.register_kernel("swiftk::rms_norm_bwd", "cpu")

@@ -412,7 +412,9 @@ def bad_calls():
     yield (x, w, Adapter(torch.randn(2, 5), b, 1.0)), {}, r"adapter.a has shape \(2, 5\), weight \(3, 4\) needs \(2, 4\)"
     yield (x, w, Adapter(a, torch.randn(3, 5), 1.0)), {}, r"adapter.b has shape \(3, 5\), adapter.a \(2, 4\) needs \(3, 2\)"
     yield (x, w, Adapter(a.double(), b, 1.0)), {}, "adapter.a has torch.float64 on cpu, wants a tensor of torch.float32"
-    yield (x, w, good._replace(magnitude=torch.ones(3))), {}, "adapter.weight_norm_sq has None, wants torch.float32: row_n"
+    yield (x, w, good._replace(magnitude=torch.ones(3))), {}, "adapter.weight_norm_sq has None, wants torch.float32 on cpu"
+    elsewhere = good._replace(magnitude=torch.ones(3), weight_norm_sq=torch.ones(3, device="meta"))
+    yield (x, w, elsewhere), {}, "adapter.weight_norm_sq has torch.float32 on meta, wants torch.float32 on cpu: row_n"
     yield (x, w, good._replace(magnitude=torch.ones(2))), {}, r"adapter.magnitude has shape \(2,\), weight \(3, 4\) needs"
     ids = torch.zeros(2, dtype=torch.int32)
     yield (x, w, good), {"segment_ids": ids}, r"adapter.a has shape \(2, 4\), wants \(adapters, r, K\) with segment_ids"
@@ -434,6 +436,13 @@ def bad_calls():
 def test_errors(args, kwargs, message):
     with pytest.raises(ValueError, match="lora_linear: " + message):
         lora_linear(*args, **kwargs)
+
+
+def test_row_norm_sq_of_more_rows_than_are_decoded_at_a_time(monkeypatch):
+    monkeypatch.setattr("swiftk.kernels.lora_linear.NORM_ROWS", 7)
+    w = nf4_quantize(torch.randn(50, 65))
+    want = nf4_dequantize(w).double().square().sum(1)
+    assert ((row_norm_sq(w) - want).abs() <= 1e-5 * want).all()
 
 
 def test_errors_of_a_group():

@@ -130,6 +130,21 @@ def test_what_is_projected_and_what_is_not(optim, dtype):
 
 
 @pytest.mark.parametrize("optim", ["galore", "q_galore"])
+def test_bf16_parameters_take_the_fp32_step_rounded_once(optim):
+    narrow = params(dtype=torch.bfloat16)
+    wide = {name: torch.nn.Parameter(p.detach().float()) for name, p in narrow.items()}
+    for named in (narrow, wide):
+        optimizer = build_optimizer(named, config(optim, weight_decay=0.5))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.03
+        g = torch.Generator().manual_seed(4)
+        for p in named.values():
+            p.grad = torch.randn(p.shape, generator=g).bfloat16().to(p.dtype)
+        optimizer.step()
+    assert all(torch.equal(narrow[name], p.detach().bfloat16()) for name, p in wide.items() if name in ("a.weight", "b.weight"))
+
+
+@pytest.mark.parametrize("optim", ["galore", "q_galore"])
 def test_a_state_dict_goes_on_bit_for_bit_and_ranks_agree(optim):
     named, others = params(), params()
     first, second = (build_optimizer(p, config(optim, learning_rate=0.01), seed=7) for p in (named, others))
