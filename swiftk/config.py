@@ -103,5 +103,6 @@ class RunConfig:
     torch_dtype: str | None = None  # compute dtype: bfloat16 | float32 | float64; None: bf16 where the CPU has it, else fp32
     isa: str = "auto"  # auto | avx512 | avx2 | portable
     peak_tflops: float | None = None  # of one rank, for MFU; None: measured with a matmul at the start
+    check_trained: bool = False  # an error after the first step, and at the end, if a trained tensor has not moved
     seed: int = 42
     preview: int = 0  # > 0: print that many packed rows with their loss mask and stop

@@ -31,6 +31,7 @@ from swiftk.trainer.checkpoint import CheckpointError
 from swiftk.trainer.loop import NonFiniteError
 from swiftk.trainer.run import Commands, isa_path, run
 from swiftk.trainer.stop import StopFlag
+from swiftk.trainer.trained import UntrainedError
 
 PRESET = Path(__file__).with_name("tiny.yaml")
 
@@ -138,7 +139,7 @@ def main(argv: list[str]) -> int:
                 start_command(2), program("tensorboard", "tensorboard.main"), resume_command(argv, world_size)
             ),
         )  # fmt: skip
-    except (ValueError, CheckpointError, NonFiniteError, ImportError) as error:
+    except (ValueError, CheckpointError, NonFiniteError, UntrainedError, ImportError) as error:
         stop.agreed()
         return fail(str(error), rank, watchdog)
     except (RuntimeError, ConnectionError) as error:

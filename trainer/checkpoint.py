@@ -42,7 +42,8 @@ SAVING = ".saving-"  # .saving-<checkpoint>@<host>@<pid>-<its start>: not a chec
 # args.json may differ in these and the runs still be equal: paths, how long, how often to report or save
 FREE_KEYS = frozenset(
     ("output_dir", "add_version", "resume_from_checkpoint", "max_steps", "num_train_epochs", "preview", "ddp_timeout",
-     "heartbeat_timeout", "save_steps", "save_total_limit", "logging_steps", "eval_steps", "report_to", "peak_tflops")
+     "heartbeat_timeout", "save_steps", "save_total_limit", "logging_steps", "eval_steps", "report_to", "peak_tflops",
+     "check_trained")
 )  # fmt: skip
 PATH_KEYS = frozenset(("model", "adapters", "tokenizer", "dataset", "val_dataset"))  # compared by file name only
 

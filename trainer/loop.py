@@ -24,6 +24,7 @@ from swiftk.trainer.metrics import Reporter, Window, matmul_parameters, step_flo
 from swiftk.trainer.optimizer import clip_gradients_, gradient_norm, learning_rate, set_learning_rate
 from swiftk.trainer.packing import Batch, BatchPlan, collate
 from swiftk.trainer.stop import StopFlag
+from swiftk.trainer.trained import TrainedCheck
 
 
 class NonFiniteError(RuntimeError):
@@ -72,6 +73,7 @@ def train(t: Training) -> bool:
     eval_steps = config.eval_steps if config.eval_steps is not None else config.save_steps
     evaluation = evaluate_and_report(t) if t.step == 0 else None
     window = Window()
+    check = TrainedCheck(params, comm, t.reporter.say) if config.check_trained else None
     while t.step < t.total_steps:
         # what the step holds, over all ranks, known before the first backward; the wish to stop travels along
         micro_batches = t.plan.step(t.step)
@@ -104,6 +106,8 @@ def train(t: Training) -> bool:
         set_learning_rate(t.optimizer, rate)
         if trained:  # a step without a trained token changes nothing, not even by momentum or decay
             t.optimizer.step()
+        if trained and check is not None:
+            check.after_step(t.step + 1, t.optimizer)
         t.optimizer.zero_grad(set_to_none=True)
         t.step, t.consumed_tokens = t.step + 1, t.consumed_tokens + tokens
 
@@ -122,6 +126,8 @@ def train(t: Training) -> bool:
     t.stop.agreed()  # from here on the run ends by itself
     if t.saved_step != t.step:
         save(t, evaluation, window)
+    if finished and check is not None:
+        check.at_end()
     return finished
 
 

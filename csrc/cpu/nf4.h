@@ -134,3 +134,40 @@ template <int N> inline void nf4_decode_n(const uint8_t* codes, int n, const Nf4
   if (n % 2) tail[n / 2] = uint8_t((tail[n / 2] & 0xf0) | 7);
   nf4_decode<N>(tail, t, out);
 }
+
+// The words of 32 or 64 elements in memory on their way to Dot<T>: `store`, then `widen` of `step` of them at a time.
+template <class T> struct Nf4Words {
+  using D = Dot<T>;
+  static constexpr int step = D::step, parts = D::parts;
+  template <int N> static void store(const uint8_t* codes, const Nf4Table& t, bf16* words) {
+    Vec<bf16> u[N / Vec<bf16>::width];
+    nf4_decode<N>(codes, t, u);
+    for (int i = 0; i < N / Vec<bf16>::width; ++i) u[i].store(words + i * Vec<bf16>::width);
+  }
+  static void widen(const bf16* words, Vec<typename D::P> (&x)[parts]) {
+    if constexpr (std::is_same_v<T, float>) x[0] = Vec<float>::load(words);
+    else D::load(words, x);
+  }
+};
+#if SWIFTK_ISA == 1
+// fp32 lanes without a widening shuffle: the codes are dealt out so that dword l of 16 words holds elements l and l + 8, and
+// like those of Dot<bf16> they are a shift and a mask away from their lanes.
+template <> struct Nf4Words<float> {
+  static constexpr int step = 16, parts = 2;
+  template <int N> static void store(const uint8_t* codes, const Nf4Table& t, bf16* words) {
+    // even lanes are high nibbles; bytes 0 to 3 and 8 to 11 make lanes 0 to 3 (4 to 7) of the first 16 words, the others the next
+    const __m256i deal = _mm256_setr_epi8(0, 4, 0, 4, 1, 5, 1, 5, 8, 12, 8, 12, 9, 13, 9, 13,  //
+                                          2, 6, 2, 6, 3, 7, 3, 7, 10, 14, 10, 14, 11, 15, 11, 15);
+#pragma GCC unroll 2
+    for (int i = 0; i < N / 32; ++i) {
+      const __m256i c = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes) + i));
+      const __m256i dealt = _mm256_shuffle_epi8(c, deal);
+      const __m256i nibbles = _mm256_and_si256(_mm256_blend_epi16(_mm256_srli_epi16(dealt, 4), dealt, 0xaa), _mm256_set1_epi8(15));
+      const __m256i low = _mm256_shuffle_epi8(t.low, nibbles), high = _mm256_shuffle_epi8(t.high, nibbles);
+      Vec<bf16>{_mm256_unpacklo_epi8(low, high)}.store(words + 32 * i);
+      Vec<bf16>{_mm256_unpackhi_epi8(low, high)}.store(words + 32 * i + 16);
+    }
+  }
+  static void widen(const bf16* words, Vec<float> (&x)[2]) { Dot<bf16>::load(words, x); }
+};
+#endif
