@@ -24,7 +24,7 @@ import yaml
 
 from swiftk.config import DataConfig, OptimConfig, ParallelConfig, RunConfig, TunerConfig
 from swiftk.model.adapter import INIT_WEIGHTS
-from swiftk.model.peft_files import FIELDS, read_adapter_config
+from swiftk.model.peft_files import FIELDS, read_adapter_config, run_arguments
 
 CONFIGS = (RunConfig, TunerConfig, DataConfig, OptimConfig, ParallelConfig)
 Part = TypeVar("Part", RunConfig, TunerConfig, DataConfig, OptimConfig, ParallelConfig)
@@ -401,18 +401,13 @@ def from_adapters(values: dict[str, Any]) -> None:
     directory = Path(values["adapters"][0])
     try:
         tuner, base = read_adapter_config(directory)
+        saved = run_arguments(directory) or {"model": base}
     except ValueError as error:
         raise ArgumentError(str(error)) from error
     for name in FIELDS:
         here, there = values.setdefault(name, getattr(tuner, name)), getattr(tuner, name)
         if name != "lora_dropout" and (sorted(here) != sorted(there) if isinstance(here, tuple) else here != there):
             raise ArgumentError(f"{name}: has {here!r}, wants {there!r} like {directory}; leave it out, or start a new adapter")
-    try:
-        saved = json.loads((directory / "args.json").read_text())["arguments"]
-    except FileNotFoundError:  # an adapter of PEFT's own
-        saved = {"model": base}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ArgumentError(f"adapters: {directory}/args.json is damaged ({error!r}); give --model and remove it") from error
     found = next((path for path in (saved.get("model"), base) if path and Path(path).is_dir()), None)
     if "model" not in values:
         if found is None:

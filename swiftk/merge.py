@@ -9,10 +9,27 @@ import sys
 
 import torch
 
-from swiftk.model.merging import ONTO, check_logits, merge_adapter, table
-from swiftk.model.peft_files import read_adapter_config
+from swiftk.model import ModelConfig
+from swiftk.model.merging import ONTO, check_bytes, check_logits, merge_adapter, table
+from swiftk.model.peft_files import read_adapter_config, run_arguments
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+def careful(base: str, adapter: str) -> str | None:
+    """What to say to somebody who chose no --base for an adapter that its run trained over NF4."""
+    trained = run_arguments(adapter) or {}
+    if not trained.get("quant_bits") or ModelConfig.from_hf(base).quantised:
+        return None
+    if str(trained.get("init_weights")).startswith("pissa"):
+        return (
+            "careful: the adapter was trained by PiSSA over NF4, of weights that no --base has; the source, "
+            "which is merged onto, is off by their quantisation error"
+        )
+    return (
+        "careful: the adapter was trained over NF4 and is merged onto the source, which is off by the quantisation error; "
+        "--base nf4 gives the model that was trained"
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -20,8 +37,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", metavar="BASE", help="what the adapter was trained on; default: the one it names")
     parser.add_argument("--adapters", required=True, metavar="DIR", help="adapter_config.json, adapter_model.safetensors")
     parser.add_argument("--output_dir", required=True, metavar="OUT", help="absent or empty")
-    parser.add_argument("--base", choices=ONTO, default="source",
-                        help="onto the checkpoint's weights, or (QLoRA's adapters) onto what NF4 holds of them")  # fmt: skip
+    parser.add_argument("--base", choices=ONTO,
+                        help="onto the checkpoint's weights (the default), or (QLoRA's adapters) onto what NF4 holds of them "
+                        "(the default for a checkpoint in NF4)")  # fmt: skip
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the files; default: each tensor's own in BASE")
     parser.add_argument("--max_shard_size", type=float, default=5e9, metavar="BYTES", help="of a file; default: 5e9")
     parser.add_argument("--check_logits", choices=["true", "false"], default="true",
@@ -31,17 +49,21 @@ def main(argv: list[str]) -> int:
         base = args.model or read_adapter_config(args.adapters)[1]
         if not base:
             raise ValueError(f"merge: {args.adapters} names no base, wants --model BASE")
+        if args.base is None and (advice := careful(base, args.adapters)):
+            print(advice, flush=True)
         merged = merge_adapter(
             base, args.adapters, args.output_dir, onto=args.base, dtype=DTYPES.get(args.dtype),
             max_shard_size=int(args.max_shard_size), say=print,
         )  # fmt: skip
         print("\n".join(table(merged)))
-        how = "its weights as stored" if args.base == "source" else "the linears of its blocks as bf16(NF4(W))"
+        how = "its weights as stored" if merged.onto == "source" else "the linears of its blocks as bf16(NF4(W))"
         print(f"merged onto {base}: {how}; {args.output_dir} holds {', '.join(merged.dtypes)}")
         if merged.untied:
             print("the adapter changes one of the tied embeddings: the result has tie_word_embeddings false and both")
         if args.check_logits == "true":
-            check = check_logits(base, args.adapters, args.output_dir, onto=args.base)
+            size = check_bytes(args.output_dir) / 2**30
+            print(f"comparing logits: holds the model in fp32, {size:.2f} GiB (--check_logits false: without)", flush=True)
+            check = check_logits(base, args.adapters, args.output_dir, onto=merged.onto)
             print(
                 f"largest |logit difference| merged vs unmerged: {check.difference:.3g} (fp32, {check.tokens} random tokens); "
                 f"the adapter\n  moves them by up to {check.adapter:.3g}, the largest is {check.logit:.3g}; "

@@ -136,7 +136,8 @@ def main(argv: list[str]) -> int:
             arguments.run, arguments.tuner, arguments.data, arguments.optim, mesh, stop, arguments=arguments.flat(),
             yaml_path=arguments.yaml_path,
             commands=Commands(
-                start_command(2), program("tensorboard", "tensorboard.main"), resume_command(argv, world_size)
+                start_command(2), program("tensorboard", "tensorboard.main"), resume_command(argv, world_size),
+                f"{program('python')} -m swiftk.merge",
             ),
         )  # fmt: skip
     except (ValueError, CheckpointError, NonFiniteError, UntrainedError, ImportError) as error:

@@ -41,6 +41,7 @@ class Commands:
     train: str  # up to the arguments
     tensorboard: str
     resume: str  # the whole line
+    merge: str  # up to the arguments
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -369,7 +370,7 @@ def completion_lines(text: str) -> list[str]:
 
 def closing_words(t: Training, commands: Commands) -> None:
     """One greedy completion of an unseen row, and what to do next."""
-    say = t.reporter.say
+    say, shape = t.reporter.say, t.model.config
     if t.held_out is not None:
         row = t.held_out.dataset.rows[0]
         ids, trained = row.input_ids.tolist(), row.loss_mask.tolist()
@@ -385,8 +386,17 @@ def closing_words(t: Training, commands: Commands) -> None:
         say("  > " + "\n  > ".join(completion_lines(t.tokenizer.decode(found))))
     last = t.run_dir / "last"
     if t.model.tuning.lora:
-        say(f"\nthe adapter is {last}; peft loads it over {t.config.model}: PeftModel.from_pretrained(model, {str(last)!r})")
         source = f"--adapters {shlex.quote(str(last))}"
+        say(f"\nthe adapter is {last}; peft loads it over {t.config.model}: PeftModel.from_pretrained(model, {str(last)!r})")
+        onto = ""
+        if t.model.tuning.quantised and not shape.quantised:
+            if t.model.tuning.pissa:
+                say("over the 16-bit weights its logits are those of training up to the quantisation error of PiSSA's base")
+            else:
+                say("its logits are those of training over these weights in NF4 (load_in_4bit, bnb_4bit_quant_type nf4);\n"
+                    "over them in 16 bits they are off by the quantisation error")  # fmt: skip
+                onto = " --base nf4"
+        say(f"base and adapter as one checkpoint:\n  {commands.merge} {source} --output_dir merged{onto}")
     else:
         say(f"\nthe checkpoint is {last}; transformers loads it: AutoModelForCausalLM.from_pretrained({str(last)!r})")
         source = f"--model {shlex.quote(str(last))}"

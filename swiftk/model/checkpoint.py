@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,6 @@ def load_checkpoint(model: Model, directory: str | Path, *, started: bool = Fals
     extra = {name for name in where if name not in specs and not name.endswith(".rotary_emb.inv_freq")}
     extra -= {f"{name}.{key}" for name in nf4 for key in NF4_KEYS}
 
-    def whole(name: str) -> torch.Tensor:
-        return open_tensors(where[name]).get_tensor(name)
-
     def floating(name: str, spec: ParamSpec) -> Any:
         """The tensor in its file, not read yet; None if it is none that the model can take."""
         part = open_tensors(where[name]).get_slice(name)
@@ -82,8 +79,7 @@ def load_checkpoint(model: Model, directory: str | Path, *, started: bool = Fals
     def quantised(leaf: Linear, name: str, spec: ParamSpec) -> NF4Tensor | None:
         try:
             if name in nf4:
-                keys = [name, *(f"{name}.{key}" for key in NF4_KEYS if f"{name}.{key}" in where)]
-                weight = nf4_from_bitsandbytes({key.removeprefix(name.removesuffix("weight")): whole(key) for key in keys})
+                weight = stored_nf4(where, name)
                 if tuple(weight.shape) == spec.shape:
                     return weight
                 problems.append(f"{name} has shape {tuple(weight.shape)}, wants {spec.shape}")
@@ -124,6 +120,13 @@ def load_checkpoint(model: Model, directory: str | Path, *, started: bool = Fals
     problems += [f"{name} is not a parameter of the model, wants it absent" for name in sorted(extra)]
     refuse("load_checkpoint", directory, problems)
     model.base_loaded(started=started)
+
+
+def stored_nf4(where: Mapping[str, Path], name: str) -> NF4Tensor:
+    """A weight that the files have in bitsandbytes' NF4 (`name`.absmax is among them), as it is."""
+    keys = [name, *(f"{name}.{key}" for key in NF4_KEYS if f"{name}.{key}" in where)]
+    state = {key.removeprefix(name.removesuffix("weight")): open_tensors(where[key]).get_tensor(key) for key in keys}
+    return nf4_from_bitsandbytes(state)
 
 
 def quantise(part: Any, spec: ParamSpec) -> NF4Tensor:

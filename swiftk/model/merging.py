@@ -5,18 +5,20 @@
     embedding   W' = W + s (B A)^T                modules_to_save: W' is what was trained
 
 in at least fp32, A and B as they are stored, rounded once to the dtype of the file. W is the checkpoint's weight
-(onto="source") or, for the linears of the blocks, bf16(NF4(W)) (onto="nf4"): what a QLoRA adapter was trained on. Such an
+(onto="source") or, for the linears of the blocks, bf16(NF4(W)) (onto="nf4"): what a QLoRA adapter was trained on, and all
+that there is of a base which is stored in bitsandbytes' NF4 (the result has bf16 there, and no quantization_config). Such an
 adapter has also learned to undo some of the error W - NF4(W), so onto the source it makes another model than the one that
 was evaluated; `Layer` has both sizes. The merged weights are rounded again, to bf16 by up to 2^-9 of each, which a small
 delta may not survive.
 
 Tensors are read, merged and written ELEMENTS at a time: beside the adapter and a weight's codes nothing is held whole. With
 tied embeddings an adapter of one of the two makes them two: the result is then untied.
-Not supported: a base that is stored in bitsandbytes' NF4, more than one adapter.
+Not supported: more than one adapter; the base that PiSSA trained on where that was in NF4 (the source is the nearest).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -29,6 +31,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from swiftk.config import TunerConfig
 from swiftk.kernels.nf4 import NF4Tensor, nf4_dequantize
 from swiftk.model.adapter import EMBED, LM_HEAD, Tuning, is_adapter, linear_shapes, resolve
 from swiftk.model.checkpoint import (
@@ -39,6 +42,7 @@ from swiftk.model.checkpoint import (
     open_tensors,
     quantise,
     refuse,
+    stored_nf4,
     tensor_files,
     write_file,
     write_json,
@@ -96,7 +100,7 @@ class _Job(NamedTuple):
 
 
 def merge_adapter(
-    base: str | Path, adapter: str | Path, output: str | Path, *, onto: str = "source", dtype: torch.dtype | None = None,
+    base: str | Path, adapter: str | Path, output: str | Path, *, onto: str | None = None, dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 10**9, say: Callable[[str], None] = lambda _: None,
 ) -> Merged:  # fmt: skip
     """Writes `output`: weights, config.json, tokenizer. It is complete or absent: written aside as .<name>.merging, synced,
@@ -106,18 +110,25 @@ def merge_adapter(
         base: directory of the checkpoint that the adapter was trained on.
         adapter: directory with adapter_config.json and adapter_model.safetensors.
         output: must not be there, or be empty.
-        onto: "source": the base's weights; "nf4": the linears of the blocks quantised and dequantised.
+        onto: "source": the base's weights; "nf4": the linears of the blocks quantised and dequantised, or as they are in a base
+            in NF4. None: nf4 for such a base, else source.
         dtype: of the files; None: each tensor's own in the base.
         max_shard_size: bytes of tensors in a file; a larger tensor has a file of its own.
         say: called with the name of each file before it is written.
     Raises: ValueError for an adapter of another base, a damaged file, values that are not finite, an output that is there.
     """
     base, adapter, output = Path(base), Path(adapter), Path(output)
-    if onto not in ONTO:
+    if onto is not None and onto not in ONTO:
         raise ValueError(f"merge: onto has {onto!r}, wants one of {', '.join(ONTO)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"merge: output {output} is there already, wants it absent or empty: choose another, or remove it")
     config = ModelConfig.from_hf(base)
+    if config.quantised and onto == "source":
+        raise ValueError(
+            f"merge: onto has 'source', wants 'nf4': {base} is stored in NF4, other values of its weights are not there; or "
+            "name the checkpoint in 16 or 32 bits that it was made from"
+        )
+    onto = onto or ("nf4" if config.quantised else "source")
     tuning = resolve(config, read_adapter_config(adapter)[0])
     specs, where = param_specs(config, Mesh.single(), tuning), tensor_files(base)
     _check_base(base, config, specs, where)
@@ -153,6 +164,7 @@ def merge_adapter(
             weight_map = {name: file for file, inside in zip(files, shards, strict=True) for name in inside}
             write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         raw = json.loads((base / "config.json").read_text())
+        raw.pop("quantization_config", None)
         if dtype is not None:
             raw["dtype" if "dtype" in raw else "torch_dtype"] = str(dtype).removeprefix("torch.")
         write_json(aside / "config.json", raw | ({"tie_word_embeddings": False} if untied else {}))
@@ -167,8 +179,6 @@ def merge_adapter(
 
 
 def _check_base(base: Path, config: ModelConfig, specs: dict[str, ParamSpec], where: dict[str, Path]) -> None:
-    if config.quantised:
-        raise ValueError(f"merge: {base} is stored in NF4, wants the checkpoint in 16 or 32 bits that it was made from")
     problems = []
     for name, spec in specs.items():
         if is_adapter(name):
@@ -188,7 +198,30 @@ def _part(where: dict[str, Path], name: str) -> Any:
     """A tensor in its file, not read yet; the tied embedding under either name."""
     if name == EMBEDDING and name not in where:
         name = HEAD
+    if f"{name}.absmax" in where:
+        return _StoredNF4(where, name)
     return open_tensors(where[name]).get_slice(name)
+
+
+class _StoredNF4:
+    """A weight in bitsandbytes' NF4, as a tensor in a file: of the values that the forward multiplies by."""
+
+    def __init__(self, where: dict[str, Path], name: str) -> None:
+        self.where, self.name = where, name
+
+    @functools.cached_property
+    def weight(self) -> NF4Tensor:
+        weight = stored_nf4(self.where, self.name)
+        return NF4Tensor(weight.codes, weight.absmax_fp32(), weight.in_features, weight.blocksize)
+
+    def get_shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def get_dtype(self) -> str:
+        return "BF16"
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        return nf4_dequantize(NF4Tensor(self.weight.codes[rows], self.weight.absmax[rows], *self.weight[2:]))
 
 
 def _source(job: _Job, name: str) -> Any:
@@ -252,7 +285,7 @@ def _merge(job: _Job, name: str, dtype: torch.dtype, file: BinaryIO) -> Layer | 
 
 def _nf4(job: _Job, module: str, name: str, part: Any) -> NF4Tensor | None:
     """What QLoRA holds of a weight; None where it holds the weight itself, or nobody wants to know."""
-    if module not in linear_shapes(job.config) or module in job.tuning.saved:
+    if module not in linear_shapes(job.config) or module in job.tuning.saved or isinstance(part, _StoredNF4):
         return None
     if job.onto == "source" and module not in job.tuning.adapted:
         return None
@@ -283,11 +316,13 @@ def _plus_adapter(job: _Job, module: str, kind: str, weight: torch.Tensor, rows:
 
 
 def check_logits(
-    base: str | Path, adapter: str | Path, output: str | Path, *, onto: str = "source", documents: int = 4, length: int = 32,
+    base: str | Path, adapter: str | Path, output: str | Path, *, onto: str | None = None, documents: int = 4, length: int = 32,
 ) -> LogitCheck:  # fmt: skip
     """Logits of the merged checkpoint against those of the base with the adapter beside it (swiftk's forward with adapters),
-    both in fp32 on the same random tokens. Holds one whole model in fp32 at a time."""
+    both in fp32 on the same random tokens. Holds one whole model in fp32 at a time: `check_bytes` of it."""
     config, tuner = ModelConfig.from_hf(base), read_adapter_config(adapter)[0]
+    if config.quantised:
+        tuner = dataclasses.replace(tuner, quant_method="bnb", quant_bits=4)
     length = min(length, config.max_position_embeddings)
     ids = torch.randint(0, config.vocab_size, (documents * length,), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(length).repeat(documents)
@@ -299,7 +334,7 @@ def check_logits(
 
     model = Model(config, Mesh.single(), seed=None, tuner=tuner)
     load_checkpoint(model, base)
-    if onto == "nf4":
+    if onto == "nf4" and not config.quantised:
         _hold_as_nf4(model, tensor_files(Path(base)))
     plain = logits(model)  # an adapter starts as nothing
     load_adapter(model, adapter)
@@ -311,6 +346,13 @@ def check_logits(
     difference, adapter_moves, largest = (float(t.abs().max()) for t in (merged - unmerged, unmerged - plain, unmerged))
     same_top = float((merged.argmax(-1) == unmerged.argmax(-1)).double().mean())
     return LogitCheck(len(ids), difference, adapter_moves, largest, same_top)
+
+
+def check_bytes(output: str | Path) -> int:
+    """Bytes of the merged checkpoint's weights in fp32."""
+    config = ModelConfig.from_hf(output)
+    specs = param_specs(config, Mesh.single(), resolve(config, TunerConfig(tuner_type="full")))
+    return 4 * sum(math.prod(spec.shape) for spec in specs.values())
 
 
 @torch.no_grad()

@@ -78,6 +78,19 @@ def read_adapter_config(directory: str | Path) -> tuple[TunerConfig, str | None]
     return config, raw.get("base_model_name_or_path")
 
 
+def run_arguments(directory: str | Path) -> dict[str, Any] | None:
+    """The arguments of the run that wrote the adapter, from the args.json beside it; None where there is none (PEFT's own)."""
+    path = Path(directory) / "args.json"
+    try:
+        found = json.loads(path.read_text())["arguments"]
+        assert isinstance(found, dict)
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"adapters: {path} is damaged ({error!r}); give --model and remove it") from error
+    return found
+
+
 def _raw(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import bitsandbytes
 import pytest
 import torch
 import transformers
@@ -13,11 +14,12 @@ from swiftk import merge
 from swiftk.kernels.nf4 import nf4_dequantize, nf4_quantize
 from swiftk.model import Model, ModelConfig, load_checkpoint, merging, save_adapter
 from swiftk.model.adapter import EMBED, linear_shapes
-from swiftk.model.merging import check_logits, merge_adapter, table
+from swiftk.model.merging import check_bytes, check_logits, merge_adapter, table
 from swiftk.model.peft_files import CONFIG, WEIGHTS
 from swiftk.parallel.mesh import Mesh
 from tests.model.families import make_ours, pack, stir
 from tests.model.test_peft_files import logits_of, peft_over, tuner
+from tests.model.test_quantised import bnb_checkpoint
 
 CASES = {
     "llama": ("llama", {}),
@@ -119,6 +121,54 @@ def test_onto_nf4(dtype, tmp_path):
     for name in base.keys() - {f"{m}.weight" for m in linear_shapes(ModelConfig.from_hf(tmp_path / "base"))}:
         assert torch.equal(have[name], base[name]) == (name != f"{EMBED}.weight"), name
     assert any("trained in 16 or 32 bits wants --base source" in line for line in table(done))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_onto_a_base_in_nf4(double, tmp_path):
+    """A plain checkpoint in bf16 of what bitsandbytes holds, with the adapter; peft merges into the same."""
+    theirs = bnb_checkpoint(tmp_path, double)
+    config = ModelConfig.from_hf(tmp_path / "nf4")
+    ours = Model(config, Mesh.single(), seed=None, tuner=tuner(quant_bits=4, target_modules=("q_proj", "down_proj", "lm_head")))
+    load_checkpoint(ours, tmp_path / "nf4")
+    stir(ours)
+    save_adapter(ours, tmp_path / "adapter", str(tmp_path / "nf4"))
+    done = merge_adapter(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "out")
+    assert done.onto == "nf4" and done.dtypes == ("bfloat16",) and all(layer.nf4_error is None for layer in done.layers)
+    found = transformers_of(tmp_path / "out")
+    assert found.dtype == torch.bfloat16 and not getattr(found.config, "quantization_config", None)
+    have, adapter = weights(tmp_path / "out"), load_file(tmp_path / "adapter" / WEIGHTS)
+    for module in linear_shapes(config):
+        stored = theirs.get_submodule(module).weight
+        want = bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state).float()
+        if module in ours.tuning.adapted:
+            a, b = (adapter[f"base_model.model.{module}.lora_{side}.weight"] for side in "AB")
+            want = want + 6 / 4 * b @ a
+        assert (have[f"{module}.weight"].float() - want).abs().max() <= 2**-7 * want.abs().max(), module
+    check = check_logits(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "out", documents=2, length=16)
+    assert 0 < check.difference < 0.02 * check.logit and check.adapter > 10 * check.difference
+    merge_adapter(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "fp32", dtype=torch.float32)
+    exact = check_logits(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "fp32", documents=2, length=16)
+    assert exact.difference <= 1e-5 * exact.logit
+    with pytest.raises(ValueError, match=r"merge: onto has 'source', wants 'nf4': .*nf4 is stored in NF4"):
+        merge_adapter(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "again", onto="source")
+
+
+def test_the_command_says_what_an_adapter_was_trained_over(tmp_path, capsys):
+    made(tmp_path)
+    command = ["--adapters", str(tmp_path / "adapter"), "--check_logits", "false"]
+
+    def said(name, *more, **arguments):
+        (tmp_path / "adapter" / "args.json").write_text(json.dumps({"arguments": arguments}))
+        assert merge.main([*command, "--output_dir", str(tmp_path / name), *more]) == 0
+        return capsys.readouterr().out
+
+    assert "careful: the adapter was trained over NF4 and is merged onto the source" in said("one", quant_bits=4)
+    assert "careful" not in said("two", quant_bits=None) + said("three", "--base", "nf4", quant_bits=4)
+    text = said("four", quant_bits=4, init_weights="pissa_niter_4")
+    assert "careful: the adapter was trained by PiSSA over NF4, of weights that no --base has" in text
+    (tmp_path / "adapter" / "args.json").write_text("{")
+    assert merge.main([*command, "--output_dir", str(tmp_path / "five")]) == 1
+    assert "args.json is damaged" in capsys.readouterr().err
 
 
 def test_logits_of_merged_and_unmerged(tmp_path):
@@ -224,7 +274,9 @@ def test_command(tmp_path, capsys):
     assert "model.layers.2.mlp.down_proj.weight " in text and "|delta|" in text
     assert f"merged onto {tmp_path / 'base'}: its weights as stored; {out} holds bfloat16" in text
     assert "trained over NF4 (QLoRA) wants --base nf4" in text
-    assert "largest |logit difference| merged vs unmerged: " in text
+    size = 4 * sum(t.numel() for t in weights(out).values()) / 2**30
+    assert f"comparing logits: holds the model in fp32, {size:.2f} GiB" in text and check_bytes(out) == size * 2**30
+    assert "largest |logit difference| merged vs unmerged: " in text and "careful" not in text
     load_checkpoint(Model(ModelConfig.from_hf(out), Mesh.single(), seed=None), out)
 
     assert merge.main(command) == 1

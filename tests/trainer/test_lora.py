@@ -230,6 +230,8 @@ def test_qlora_holds_the_base_in_nf4(base, tmp_path, capsys):
     assert toy.launch(keys)
     text = capsys.readouterr().out
     assert "LoRA on 15 modules" in text and "14 weights in NF4" in text
+    assert "in NF4 (load_in_4bit, bnb_4bit_quant_type nf4)" in text
+    assert f"swiftk.merge --adapters {last_of(tmp_path).parent / 'last'} --output_dir merged --base nf4" in text
     assert evaluations(tmp_path)[-1] < evaluations(tmp_path)[0]
     toy.launch({**keys, "max_steps": 6, "resume_from_checkpoint": "auto"})
     assert (tmp_path / "out" / "last").resolve().name == "checkpoint-6"

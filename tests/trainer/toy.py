@@ -75,7 +75,9 @@ def launch(keys: dict[str, object], comm: Comm | None = None) -> bool:
         return run(
             *configs, Mesh.single() if comm is None else Mesh.from_comm(comm), stop,
             arguments=flat, yaml_path=None,
-            commands=Commands("torchrun -m swiftk.train", "tensorboard", "swiftk.train --resume_from_checkpoint auto"),
+            commands=Commands(
+                "torchrun -m swiftk.train", "tensorboard", "swiftk.train --resume_from_checkpoint auto", "swiftk.merge",
+            ),
         )  # fmt: skip
     finally:
         stop.close()
