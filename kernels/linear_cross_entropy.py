@@ -247,8 +247,9 @@ def _linear_cross_entropy_fwd_fake(
         return hidden.new_empty(hidden.shape[0] if present else 0, dtype=acc_dtype(hidden.dtype))
 
     loss = hidden.new_empty((), dtype=acc_dtype(hidden.dtype))
-    grads = grads_fake(hidden, HeadArgs(weight, absmax, blocksize, s, b, gain), needs)
-    return loss, rows(), *grads, rows(), rows(), rows(with_entropy), torch.empty_like(labels)
+    dx, *grads = grads_fake(hidden, HeadArgs(weight, absmax, blocksize, s, b, gain), needs)
+    dx = dx.to(loss.dtype) if needs[0] else dx  # not rounded before the loss's gradient has multiplied it
+    return loss, rows(), dx, *grads, rows(), rows(), rows(with_entropy), torch.empty_like(labels)
 
 
 @torch.library.register_kernel("swiftk::linear_cross_entropy_bwd", "cpu")
@@ -341,7 +342,8 @@ def linear_cross_entropy(
         softcap: logits become softcap * tanh(logits / softcap); 0: they do not.
         z_loss: adds z_loss * lse^2 per token. label_smoothing: in [0, 1], as in torch's cross_entropy.
         mode: "fused" forms the gradients in the forward, "recompute" in the backward (see the head of the file); where no
-            gradient is needed both are one product.
+            gradient is needed both are one product. Fused, a bf16 dW is rounded before the loss's gradient multiplies it
+            and after; a constant factor goes better into token_weights.
         return_entropy: stats.entropy too.
         isa: instruction set of the CPU kernels: "auto", "avx512", "avx2" or "portable".
     Returns: (loss, stats): loss () in fp32 (fp64 for fp64), 0 where every label is ignored.

@@ -577,7 +577,7 @@ def lora_linear_group(
     biases: Sequence[torch.Tensor | None] | None = None, *, dropouts: Sequence[Dropout | None] | None = None,
     segment_ids: torch.Tensor | None = None, isa: str = "auto",
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """lora_linear of several weights on one x (q, k, v; gate, up): equal results, and dx is summed before it is rounded.
+    """lora_linear of several weights on one x (q, k, v; gate, up): equal results; dx is one sum.
 
     x is read once for all A, and once more in the backward; with dropout each linear draws its own mask.
 

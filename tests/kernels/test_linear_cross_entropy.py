@@ -196,8 +196,9 @@ def test_second_backward_and_double_backward(mode):
         torch.autograd.grad(dx.sum(), x)
 
 
-def test_opcheck_and_compile():
-    x, w, y = make(5, 8, 300, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_and_compile(dtype):
+    x, w, y = make(5, 8, 300, dtype)
     x.requires_grad_(), w.requires_grad_()
     plain = (None, 0, None, None, None)
     arguments = (x, w, y, torch.ones(5), IGNORE, 0.0, 0.0, 0.1, True, [True, True, False, False, False], *plain, "auto")
@@ -362,8 +363,9 @@ def test_shards_of_an_adapted_head():
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_adapted_ignored_rows_second_backward_compile_opcheck(mode):
-    x, weight, y, adapter, dropout = make_head("nf4 dora dropout", 9, 64, 300, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapted_ignored_rows_second_backward_compile_opcheck(mode, dtype):
+    x, weight, y, adapter, dropout = make_head("nf4 dora dropout", 9, 64, 300, dtype)
     x[y == IGNORE] = float("nan")  # never multiplied, in S neither
     leaves = [t.requires_grad_() for t in (x, adapter.a, adapter.b, adapter.magnitude)]
 
