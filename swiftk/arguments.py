@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import yaml
 
 from swiftk.config import DataConfig, OptimConfig, ParallelConfig, RunConfig, TunerConfig
+from swiftk.model import freezing
 from swiftk.model.adapter import INIT_WEIGHTS
 from swiftk.model.peft_files import FIELDS, read_adapter_config, run_arguments
 
@@ -74,7 +75,7 @@ POSITIVE = ("micro_batch_size", "global_batch_size", "logging_steps", "max_lengt
             "lr_decay_steps", "save_total_limit", "lora_rank", "lora_alpha", "ddp_timeout", "heartbeat_timeout", "peak_tflops",
             "galore_rank", "galore_update_proj_gap", "galore_scale", "lorap_lr_ratio", "lorap_emb_lr")  # fmt: skip
 NOT_NEGATIVE = ("learning_rate", "min_lr", "warmup_ratio", "weight_decay", "adam_eps", "max_grad_norm", "save_steps",
-                "eval_steps", "split_dataset_ratio", "preview")  # fmt: skip
+                "eval_steps", "split_dataset_ratio", "preview", "freeze_parameters_ratio")  # fmt: skip
 LORA_LEARNING_RATE = 1e-4  # where none is given; full tuning's is trainer/optimizer.py's
 
 
@@ -370,8 +371,9 @@ def check(values: dict[str, Any]) -> None:
     for name in ("adam_beta1", "adam_beta2", "split_dataset_ratio", "lora_dropout"):
         if name in values and not 0 <= values[name] < 1:
             raise ArgumentError(f"{name}: has {values[name]}, wants 0 <= x < 1")
-    if values.get("warmup_ratio", 0) > 1:
-        raise ArgumentError(f"warmup_ratio: has {values['warmup_ratio']}, wants at most 1")
+    for name in ("warmup_ratio", "freeze_parameters_ratio"):
+        if values.get(name, 0) > 1:
+            raise ArgumentError(f"{name}: has {values[name]}, wants at most 1")
     if values.get("padding_free") is False:
         raise ArgumentError("padding_free: has False, wants true: there is no padding here")
     if values.get("max_steps", -1) == 0:
@@ -443,6 +445,9 @@ def settle_tuner(values: dict[str, Any]) -> None:
         raise ArgumentError(
             f"init_weights: has {values['init_weights']} with adapters, wants it left out: that adapter has its values"
         )
+    for name in freezing.KEYS:
+        if values.get(name) and lora:
+            raise ArgumentError(f"{name}: is given with tuner_type lora, {freezing.WITH_LORA}")
     if values.get("lorap_emb_lr") and not values.get("lorap_lr_ratio"):
         raise ArgumentError("lorap_emb_lr: is given without lorap_lr_ratio, wants both (LoRA+) or neither")
     if lora and values.get("model_config"):

@@ -43,6 +43,11 @@ class TunerConfig:
     adapters: tuple[str, ...] = ()  # a checkpoint with an adapter to go on from; its base and settings need not be named
     quant_method: str | None = None  # bnb: the linears of the blocks are held in NF4
     quant_bits: int | None = None  # 4
+    freeze_parameters: tuple[str, ...] = ()  # full: names that start with one of these are not trained
+    freeze_parameters_regex: str | None = None  # full: nor those in which this is found
+    freeze_parameters_ratio: float = 0.0  # full: nor the first ones in the checkpoint, up to this share of all elements
+    trainable_parameters: tuple[str, ...] = ()  # full: prefixes of what is trained after all
+    trainable_parameters_regex: str | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from swiftk.trainer import checkpoint
 from swiftk.trainer.data import Dataset
 from swiftk.trainer.evaluation import Evaluation, evaluate
 from swiftk.trainer.loss import TokenLoss, non_finite_documents, token_loss
-from swiftk.trainer.metrics import Reporter, Window, matmul_parameters, step_flops
+from swiftk.trainer.metrics import Reporter, Window, model_work, step_flops
 from swiftk.trainer.optimizer import clip_gradients_, gradient_norm, learning_rate, set_learning_rate
 from swiftk.trainer.packing import Batch, BatchPlan, collate
 from swiftk.trainer.stop import StopFlag
@@ -68,7 +68,7 @@ def train(t: Training) -> bool:
     """Trains from t.step to t.total_steps. True: finished; False: stopped by a signal. Either way the last step is saved."""
     params, comm, config = dict(t.model.named_parameters()), t.mesh.dp.comm, t.config
     shape = t.model.config
-    matmul_params = matmul_parameters(shape, t.model.specs, {name for name, p in params.items() if p.requires_grad})
+    work = model_work(shape, t.model.specs, {name for name, p in params.items() if p.requires_grad})
     seed_step = torch.tensor([config.seed, 0])
     eval_steps = config.eval_steps if config.eval_steps is not None else config.save_steps
     evaluation = evaluate_and_report(t) if t.step == 0 else None
@@ -115,7 +115,7 @@ def train(t: Training) -> bool:
         t.reporter.step(t.step, f"loss {loss_sum / max(1, trained):.4f}")
         last = t.step == t.total_steps
         if t.step % config.logging_steps == 0 or last:
-            flops = step_flops(shape, matmul_params, window.tokens, window.squares)
+            flops = step_flops(shape, work, window.tokens, window.squares)
             epoch = t.step / t.plan.steps_per_epoch(0)
             t.reporter.training(t.step, window, grad_norm=norm, rate=rate, epoch=epoch, peak=t.peak, flops=flops)
             window = Window()

@@ -1,9 +1,10 @@
 """What a run says of itself: the start page, a line per logging_steps, logging.jsonl, TensorBoard, a bar on a terminal.
 
-FLOPs of a step (forward + backward, recomputation not counted), P the parameters in matrix products; a frozen one counts as
-2 / 3, because its own gradient is not computed:
+FLOPs of a step (forward + backward, recomputation not counted), P the parameters in matrix products, L layers:
     6 P tokens + 12 L D sum over documents of len^2          mfu: the whole attention square
     6 P tokens +  6 L D sum over documents of len^2          mfu_causal: half of it, which is what is computed
+A parameter counts a third for the forward, one where its own gradient is formed (it is trained), one where its input's is
+(something before it is trained); a layer's attention a third for the forward, two where something before it is trained.
 A sliding window is counted as full attention. MFU divides by the peak of all ranks: given, or measured with a matrix
 product at the start, all ranks at once.
 """
@@ -19,25 +20,58 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
 from swiftk.model import ModelConfig
+from swiftk.model.adapter import EMBED, LM_HEAD
+from swiftk.model.parameters import EMBEDDING
 from swiftk.parallel.comm import Comm
 from swiftk.parallel.spec import ParamSpec
 
 
-def matmul_parameters(config: ModelConfig, specs: Mapping[str, ParamSpec], trained: Collection[str]) -> float:
-    """Parameters that every token is multiplied by: all but the embedding (tied, it is also the head); frozen ones as 2 / 3."""
-    products = [name for name in specs if config.tie_word_embeddings or not name.startswith("model.embed_tokens.")]
-    return sum(math.prod(specs[name].shape) * (1 if name in trained else 2 / 3) for name in products)
+class Work(NamedTuple):
+    """What a token costs: P and L of the formulas above."""
+
+    parameters: float
+    layers: float
 
 
-def step_flops(config: ModelConfig, matmul_params: float, tokens: int, squares: int) -> tuple[float, float]:
+# what a block does in turn; parts that read the same input share a place
+BLOCK = {
+    "input_layernorm": 0, "q_proj": 1, "k_proj": 1, "v_proj": 1, "q_norm": 2, "k_norm": 2, "o_proj": 4,
+    "post_attention_layernorm": 5, "gate_proj": 6, "up_proj": 6, "down_proj": 7,
+}  # fmt: skip
+ATTENTION, PLACES = 3, 8
+
+
+def model_work(config: ModelConfig, specs: Mapping[str, ParamSpec], trained: Collection[str]) -> Work:
+    """Every parameter that tokens are multiplied by: all but the embedding, whose rows are gathered; tied, it is the head."""
+    end = PLACES * config.num_hidden_layers
+
+    def place(name: str) -> int:
+        if name.startswith("model.layers."):
+            _, _, layer, *rest = name.split(".")
+            return PLACES * int(layer) + next(BLOCK[part] for part in rest if part in BLOCK)
+        return -1 if name.startswith(EMBED) else end + (name.startswith(LM_HEAD))
+
+    first = min((place(name) for name in trained), default=end + 2)
+    parameters = 0.0
+    for name, spec in specs.items():
+        at = end + 1 if name == EMBEDDING and config.tie_word_embeddings else place(name)
+        if name.endswith(".lora_embedding_A") or (name == EMBEDDING and not config.tie_word_embeddings):
+            continue
+        after = first < at or name.endswith("_B")  # B reads what A, always trained, made
+        parameters += math.prod(spec.shape) * (1 + (name in trained) + after) / 3
+    attentions = (PLACES * layer + ATTENTION for layer in range(config.num_hidden_layers))
+    return Work(parameters, sum(1.0 if first < at else 1 / 3 for at in attentions))
+
+
+def step_flops(config: ModelConfig, work: Work, tokens: int, squares: int) -> tuple[float, float]:
     """With the whole attention square, and with its causal half. `squares` is the sum of len^2 over the documents."""
-    products = 6.0 * matmul_params * tokens
-    attention = 12.0 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * squares
+    products = 6.0 * work.parameters * tokens
+    attention = 12.0 * work.layers * config.num_attention_heads * config.head_dim * squares
     return products + attention, products + attention / 2
 
 

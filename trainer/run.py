@@ -17,6 +17,7 @@ from swiftk import __version__
 from swiftk.config import DataConfig, OptimConfig, RunConfig, TunerConfig
 from swiftk.kernels._native import ISAS, native
 from swiftk.model import Model, ModelConfig, load_adapter, load_checkpoint
+from swiftk.model.freezing import ambiguous_prefixes
 from swiftk.parallel.mesh import Mesh
 from swiftk.trainer import checkpoint
 from swiftk.trainer.data import Dataset, load_splits, token_statistics, trained_bytes
@@ -240,7 +241,8 @@ def run(
     total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * plan.steps_per_epoch(0))
 
     trained = [p for p in params.values() if p.requires_grad]
-    bytes_needed = sum(p.numel() * (dtype.itemsize + 3 * p.element_size()) for p in trained) + (16 << 20)
+    written = trained if model.tuning.lora else params.values()  # what is frozen in a whole checkpoint too
+    bytes_needed = sum(p.numel() * dtype.itemsize for p in written) + sum(3 * p.nbytes for p in trained) + (16 << 20)
     bytes_needed += 2 * sum(p.nbytes for p in start.values())
     facts = {
         "arguments": arguments, "version": __version__, "torch": torch.__version__, "isa": isa_path(config.isa),
@@ -316,6 +318,11 @@ def introduce(t: Training) -> None:
         say(f"tuner       {name} on {len(tuning.adapted)} modules{whole}: rank {tuner.lora_rank}, scale {tuning.scale:g}, "
             f"dropout {tuner.lora_dropout:g}{', PiSSA' if tuning.pissa else ''}; "
             f"{len(tuning.quantised)} weights in NF4")  # fmt: skip
+    elif len(trained) < len(t.model.specs):
+        names = [name for name, p in t.model.named_parameters() if p.requires_grad]
+        say(f"trained     {len(names)} of {len(t.model.specs)} tensors, from {names[0]} to {names[-1]}; the others are frozen")
+        for prefix in ambiguous_prefixes(t.model.tuning.config, t.model.specs):
+            say(f"careful: {prefix} is the beginning of {prefix}0 too; {prefix}. means it alone")
     base = sum(p.nbytes for p in t.model.parameters() if not p.requires_grad) + sum(b.nbytes for b in t.model.buffers())
     learnt = sum(p.nbytes for p in trained)
     peak = f"resident at most {peak_memory_gib():.3f} GiB so far"
@@ -335,8 +342,9 @@ def introduce(t: Training) -> None:
     epochs = t.total_steps / t.plan.steps_per_epoch(0)
     if own := [group for group in t.optimizer.param_groups if group["lr_scale"] != 1]:
         usual = peak_rate(t.optim)
-        shown = (f"{usual * group['lr_scale']:.3g} ({len(group['params'])} tensors)" for group in own)
-        say(f"rates       {usual:.3g}, except {', '.join(shown)}")
+        sizes = [(usual * group["lr_scale"], len(group["params"])) for group in own]
+        apart = ", ".join(f"{rate:.3g} ({n} tensor{'s' if n > 1 else ''})" for rate, n in sizes)
+        say(f"rates       {usual:.3g}, except {apart}")
     say(f"steps       {t.total_steps} of {t.config.global_batch_size} {unit} ({epochs:.2f} epochs), from step {t.step}")
     say(f"output      {t.run_dir}")
 

@@ -44,6 +44,7 @@ from swiftk.kernels.rope import rope, rope_table
 from swiftk.kernels.swiglu import swiglu
 from swiftk.model.adapter import LM_HEAD, Tuning, is_adapter, resolve
 from swiftk.model.config import ModelConfig
+from swiftk.model.freezing import frozen
 from swiftk.model.parameters import initial_value, param_specs, random_start
 from swiftk.model.pissa import OVERSAMPLING, ROWS, principal
 from swiftk.parallel.comm import Comm
@@ -341,10 +342,11 @@ class Model(nn.Module):
         isa: instruction set of the CPU kernels: "auto", "avx512", "avx2" or "portable".
         recompute: activations computed again in the backward: "none", "selective" or "full"; results are bitwise equal.
             With "selective", a forward can be followed by one backward (no retain_graph).
-        tuner: adapters and quantisation; the default is neither. With seed None and an adapter, `load_checkpoint` comes first.
+        tuner: adapters, quantisation, frozen parameters; the default is none of them. With seed None and an adapter,
+            `load_checkpoint` comes first.
         adapter_seed: of the adapters' initial values, which are drawn in any case.
         trainable: which parameters are, by name; the others have no gradient and are stored in compute_dtype. None: what
-            `tuner` trains (`self.tuning.trains`).
+            `tuner` trains (`self.tuning.trains`, less what freezing.py freezes).
         ops: other kernels than swiftk's own, for tests.
     Raises: ValueError for a wrong argument.
     """
@@ -367,8 +369,9 @@ class Model(nn.Module):
             raise ValueError(f"Model: compute_dtype has {compute_dtype}, wants torch.bfloat16, torch.float32 or torch.float64")
         self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
         self.tuning = resolve(config, tuner)
-        trains = self.tuning.trains if trainable is None else trainable
         self.specs = param_specs(config, mesh, self.tuning)
+        held = frozen(tuner, {name: spec.shape for name, spec in self.specs.items()})
+        trains = trainable or (lambda name: self.tuning.trains(name) and name not in held)
         self.ops = Ops.native(isa) if ops is None else ops
         master = torch.promote_types(compute_dtype, torch.float32)
 

@@ -85,6 +85,30 @@ def test_five_and_five_equal_ten_with_other_optimizers(tmp_path, optim):
     assert_equal_runs(tmp_path / "straight" / "last", tmp_path / "out" / "last")
 
 
+def test_a_partly_frozen_run_resumes_and_leaves_the_rest_as_it_was(straight, tmp_path, capsys):
+    """Only what is trained is in the resume state; the checkpoint has every tensor, the frozen ones those of the model."""
+    _, _, source = straight
+    keys = toy.arguments(
+        tmp_path, model=str(source), model_config={}, tokenizer=None, max_steps=6, lr_decay_steps=6, save_steps=3,
+        freeze_parameters=("model.layers.0",), trainable_parameters_regex=r"mlp\.(gate|up)", parameter_lr={"embed": 1e-3},
+    )  # fmt: skip
+    toy.launch({**keys, "output_dir": str(tmp_path / "whole")})
+    text = capsys.readouterr().out
+    assert "trained     4 of 13 tensors, from model.embed_tokens.weight to model.norm.weight; the others are frozen" in text
+    assert "rates       0.01, except 0.001 (1 tensor)" in text and "memory      " in text
+    toy.launch({**keys, "max_steps": 3})
+    toy.launch({**keys, "resume_from_checkpoint": "auto"})
+    a, b = (tmp_path / name / "last" for name in ("whole", "out"))
+    left, right = state_of(a), state_of(b)
+    assert left.keys() == right.keys() and all(torch.equal(t, right[name]) for name, t in left.items())
+    names = {"model.embed_tokens", "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj", "model.norm"}
+    assert {name.split("/")[1] for name in left} == {f"{name}.weight" for name in names}
+    before, after = (load_file(path / "model.safetensors") for path in (source, a))
+    assert before.keys() == after.keys()
+    for name, t in before.items():
+        assert torch.equal(t, after[name]) == (name.removesuffix(".weight") not in names), name
+
+
 def test_the_second_half_on_two_ranks(straight, tmp_path):
     """State and data order name no layout: one process, then two ranks, in fp64."""
     keys, _, _ = straight
