@@ -35,23 +35,32 @@ class AdamW8bit(torch.optim.Optimizer):
         isa: instruction set of the kernel; the result is the same.
     """
 
+    own: tuple[str, ...] = ("min_8bit", "isa")
+
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 1e-2, *, min_8bit: int = MIN_8BIT, isa: str = "auto",
     ) -> None:  # fmt: skip
+        self.min_8bit, self.isa = min_8bit, isa
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.min_8bit, self.isa, op = min_8bit, isa, type(self).__name__
-        for group in self.param_groups:
-            for name in ("lr", "eps", "weight_decay"):
-                if not group[name] >= 0:
-                    raise ValueError(f"{op}: {name} has {group[name]}, wants at least 0")
-            if not all(0 <= beta < 1 for beta in group["betas"]):
-                raise ValueError(f"{op}: betas has {group['betas']}, wants two of at least 0 and below 1")
-            for p in group["params"]:
-                if p.dtype not in (torch.float32, torch.bfloat16):
-                    raise ValueError(f"{op}: a parameter has dtype {p.dtype}, wants torch.float32 or torch.bfloat16")
-                if not p.is_contiguous():
-                    raise ValueError(f"{op}: a parameter {tuple(p.shape)} has strides {p.stride()}, wants it contiguous")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises ValueError for a rate out of range, and for a parameter of another dtype or with gaps."""
+        super().add_param_group(param_group)
+        op, group = type(self).__name__, self.param_groups[-1]
+        for name in ("lr", "eps", "weight_decay"):
+            if not group[name] >= 0:
+                raise ValueError(f"{op}: {name} has {group[name]}, wants at least 0")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"{op}: betas has {group['betas']}, wants two of at least 0 and below 1")
+        for p in group["params"]:
+            if p.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"{op}: a parameter has dtype {p.dtype}, wants torch.float32 or torch.bfloat16")
+            if not p.is_contiguous():
+                raise ValueError(f"{op}: a parameter {tuple(p.shape)} has strides {p.stride()}, wants it contiguous")
+
+    def __getstate__(self) -> dict[str, Any]:  # of a copy or a pickle; torch keeps its own three only
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self.own}}
 
     def initial_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
         """The state of a parameter that was never updated."""

@@ -72,6 +72,8 @@ class GaLore(AdamW8bit):
         quantized: Q-GaLore. Otherwise all moments and projections are fp32.
     """
 
+    own = (*AdamW8bit.own, "rank", "gap", "scale", "quantized", "seed", "names")
+
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, *, rank: int = 128, gap: int = 200, scale: float = 0.25, quantized: bool = False,
@@ -79,13 +81,19 @@ class GaLore(AdamW8bit):
     ) -> None:  # fmt: skip
         if rank < 1 or gap < 1:
             raise ValueError(f"GaLore: rank has {rank} and gap {gap}, wants at least 1")
-        super().__init__(params, lr, betas, eps, weight_decay, min_8bit=MIN_8BIT if quantized else sys.maxsize, isa=isa)
         self.rank, self.gap, self.scale, self.quantized, self.seed = rank, gap, scale, quantized, seed
-        groups = [group for group in self.param_groups if group.get("project")]
-        self.names = {p: name for group in groups for name, p in zip(group["param_names"], group["params"], strict=True)}
-        for p, name in self.names.items():
-            if p.dim() != 2 or min(p.shape) <= rank:
-                raise ValueError(f"GaLore: {name} has shape {tuple(p.shape)}, wants two sides larger than the rank, {rank}")
+        self.names: dict[torch.Tensor, str] = {}  # of the projected
+        super().__init__(params, lr, betas, eps, weight_decay, min_8bit=MIN_8BIT if quantized else sys.maxsize, isa=isa)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name, p in zip(group["param_names"], group["params"], strict=True) if group.get("project") else ():
+            if p.dim() != 2 or min(p.shape) <= self.rank:
+                raise ValueError(
+                    f"GaLore: {name} has shape {tuple(p.shape)}, wants two sides larger than the rank, {self.rank}"
+                )
+            self.names[p] = name
 
     def initial_state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
         if p not in self.names:

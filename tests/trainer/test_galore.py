@@ -207,6 +207,25 @@ def test_it_trains(quantized):
     assert losses[-1] < 0.01 * losses[0]
 
 
+@pytest.mark.parametrize("optim", ["adamw_8bit", "galore"])
+def test_a_deep_copy_goes_on(optim):
+    named = params()
+    optimizer = build_optimizer(named, config(optim))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.01
+    steps(named, optimizer, 0, 1)
+    copied, other = copy.deepcopy((named, optimizer))
+    steps(named, optimizer, 1, 2), steps(copied, other, 1, 2)
+    assert all(torch.equal(p, copied[name]) and p is not copied[name] for name, p in named.items())
+
+
+def test_a_group_that_is_added_is_projected():
+    first, later = (torch.nn.Parameter(torch.zeros(8, 40)) for _ in range(2))
+    optimizer = GaLore([{"params": [("first", first)], "project": True}], rank=4)
+    optimizer.add_param_group({"params": [("later", later)], "project": True})
+    assert list(optimizer.names.values()) == ["first", "later"]
+
+
 def test_errors():
     with pytest.raises(ValueError, match=r"GaLore: w has shape \(3, 40\), wants two sides larger than the rank, 4"):
         GaLore([{"params": [("w", torch.nn.Parameter(torch.zeros(3, 40)))], "project": True}], rank=4)
