@@ -24,7 +24,8 @@ import yaml
 
 from swiftk.config import DataConfig, OptimConfig, ParallelConfig, RunConfig, TunerConfig
 from swiftk.model import freezing
-from swiftk.model.adapter import INIT_WEIGHTS
+from swiftk.model.adapter import INIT_WEIGHTS, resolve
+from swiftk.model.config import ModelConfig
 from swiftk.model.peft_files import FIELDS, read_adapter_config, run_arguments
 
 CONFIGS = (RunConfig, TunerConfig, DataConfig, OptimConfig, ParallelConfig)
@@ -394,7 +395,7 @@ def check(values: dict[str, Any]) -> None:
         raise ArgumentError("tokenizer: has 'train', wants model_config: a checkpoint's vocabulary is fixed")
 
 
-def from_adapters(values: dict[str, Any]) -> None:
+def from_adapters(values: dict[str, Any], warnings: list[str]) -> None:
     """What --adapters DIR says and the arguments do not: the adapter's settings, its base and how that was held."""
     if not values.get("adapters"):
         return
@@ -406,20 +407,38 @@ def from_adapters(values: dict[str, Any]) -> None:
         saved = run_arguments(directory) or {"model": base}
     except ValueError as error:
         raise ArgumentError(str(error)) from error
-    for name in FIELDS:
-        here, there = values.setdefault(name, getattr(tuner, name)), getattr(tuner, name)
-        if name != "lora_dropout" and (sorted(here) != sorted(there) if isinstance(here, tuple) else here != there):
-            raise ArgumentError(f"{name}: has {here!r}, wants {there!r} like {directory}; leave it out, or start a new adapter")
     found = next((path for path in (saved.get("model"), base) if path and Path(path).is_dir()), None)
     if "model" not in values:
         if found is None:
             missing = f"the base of {directory}, {saved.get('model')}, is not there"
             raise ArgumentError(f"adapters: {missing}; wants --model <directory>")
         values["model"] = found
+    for name in FIELDS:
+        here, there = values.setdefault(name, getattr(tuner, name)), getattr(tuner, name)
+        if name == "lora_dropout" or here == there:
+            continue
+        if not isinstance(here, tuple) or not _same_modules(values["model"], name, here, there):
+            raise ArgumentError(f"{name}: has {here!r}, wants {there!r} like {directory}; leave it out, or start a new adapter")
     values.setdefault("tuner_type", "lora")
-    for name in ("quant_method", "quant_bits"):
-        if saved.get(name) is not None:
-            values.setdefault(name, saved[name])
+    if saved.get("quant_bits") and values.get("quant_bits", ...) in OFF:
+        warnings.append(
+            f"careful: {directory} was trained over NF4; over 16 or 32 bits it is off by the quantisation error: leave "
+            "quant_bits out to go on from the model that was trained"
+        )
+    elif saved.get("quant_bits"):
+        values.setdefault("quant_bits", saved["quant_bits"])
+        values.setdefault("quant_method", saved.get("quant_method"))
+
+
+def _same_modules(model: str, key: str, *names: tuple[str, ...]) -> bool:
+    """Whether two ways to name modules mean the same ones of a model: all-linear, or its seven names."""
+    try:
+        config = ModelConfig.from_hf(model)
+        both: list[dict[str, Any]] = [{"tuner_type": "lora", "lora_rank": 1, key: one} for one in names]
+        found = [resolve(config, TunerConfig(**settings)) for settings in both]
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+    return found[0].adapted == found[1].adapted and found[0].saved == found[1].saved
 
 
 def settle_tuner(values: dict[str, Any]) -> None:
@@ -452,6 +471,10 @@ def settle_tuner(values: dict[str, Any]) -> None:
         raise ArgumentError("lorap_emb_lr: is given without lorap_lr_ratio, wants both (LoRA+) or neither")
     if lora and values.get("model_config"):
         raise ArgumentError("tuner_type: has lora with model_config, wants full, or --model: adapters belong to a checkpoint")
+    for name in ("galore_rank", "galore_update_proj_gap", "galore_scale"):
+        if name in values and values.get("optim") not in ("galore", "q_galore"):
+            optim = values.get("optim", OptimConfig.optim)
+            raise ArgumentError(f"{name}: is given with optim {optim}, wants optim galore or q_galore; or remove the key")
     if values.get("optim") in ("galore", "q_galore") and lora:
         raise ArgumentError(
             f"optim: has {values['optim']}, wants --tuner_type full: it projects the gradients of whole matrices, and an "
@@ -489,10 +512,10 @@ def parse(argv: list[str], *, world_size: int = 1, preset: str) -> Arguments:
         if values.get(name) in others:
             warnings.append(f"{name} {values[name]} is read as {others[values[name]]}")
             values[name] = others[values[name]]
+    from_adapters(values, warnings)
     for name in ("quant_method", "quant_bits"):
         if values.get(name) in OFF:
             values.pop(name, None)
-    from_adapters(values)
     check(values)
     settle_tuner(values)
 

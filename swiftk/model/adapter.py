@@ -94,6 +94,14 @@ def resolve(config: ModelConfig, tuner: TunerConfig) -> Tuning:
         if tuner.quant_bits:
             raise ValueError(f"quant_bits: has {tuner.quant_bits}, wants tuner_type lora: NF4 weights cannot be trained")
         return Tuning(tuner, frozenset(), frozenset(), frozenset(), numbers)
+    for field, value, fits, wants in (
+        ("lora_rank", tuner.lora_rank, tuner.lora_rank >= 1, "at least 1"),
+        ("lora_alpha", tuner.lora_alpha, 0 < tuner.lora_alpha < math.inf, "more than 0"),
+        ("lora_dropout", tuner.lora_dropout, 0 <= tuner.lora_dropout < 1, "0 <= x < 1"),
+        ("quant_bits", tuner.quant_bits, tuner.quant_bits in (None, 4), "4, or None"),
+    ):
+        if not fits:
+            raise ValueError(f"{field}: has {value}, wants {wants}")
     vocabulary = (config.vocab_size, config.hidden_size)
     shapes = {EMBED: vocabulary, **blocks, LM_HEAD: vocabulary}
     norms = norm_names(config)

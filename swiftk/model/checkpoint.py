@@ -26,6 +26,7 @@ from swiftk.parallel.spec import ParamSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 QUANTISE_ELEMENTS = 1 << 22  # of a weight, read and quantised at a time
+BLOCKSIZE = 64
 NF4_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' names; the others are codes of something
 
@@ -139,9 +140,12 @@ def quantise(part: Any, spec: ParamSpec) -> NF4Tensor:
         stop = min(last, start + rows)
         piece = part[start:stop, left:right]
         try:
-            weight = nf4_quantize(piece.float() if piece.dtype == torch.float16 else piece)
-        except ValueError as error:
-            raise ValueError(f"rows {start} to {stop - 1}: {error}") from None
+            weight = nf4_quantize(piece.float() if piece.dtype == torch.float16 else piece, blocksize=BLOCKSIZE)
+        except ValueError:  # it counts rows from the piece's start
+            row, column = (~piece.float().isfinite()).nonzero()[0].tolist()
+            raise ValueError(
+                f"row {start + row}, block {column // BLOCKSIZE} has NaN or infinity, wants finite values; check the file"
+            ) from None
         if codes is None:
             codes = weight.codes.new_empty(last - first, weight.codes.shape[1])
             absmax = weight.absmax.new_empty(last - first, weight.absmax.shape[1])

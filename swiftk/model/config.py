@@ -296,6 +296,8 @@ def _quantised(given: Any) -> bool:
         "storage": given.get("bnb_4bit_quant_storage", "uint8"),
     }
     if tuple(kind.values()) != ("bitsandbytes", 4, "nf4", "uint8"):
+        if kind["quant_method"] != "bitsandbytes":  # the others are bitsandbytes' words, with its defaults
+            kind = {name: kind[name] for name in ("quant_method", "bits") if kind[name] is not None}
         said = ", ".join(f"{name} {value}" for name, value in kind.items())
         raise ValueError(
             f"{OP}: quantization_config has {said}; wants bitsandbytes, 4 bits, nf4, uint8; or take the plain checkpoint"

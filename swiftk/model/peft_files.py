@@ -66,15 +66,18 @@ def read_adapter_config(directory: str | Path) -> tuple[TunerConfig, str | None]
             if field in values:  # a single string is a regex in PEFT, and all-linear
                 values[field] = (values[field],) if isinstance(values[field], str) else tuple(sorted(values[field]))
         config = TunerConfig(tuner_type="lora", **values)
-        number = (int, float)
-        hints: dict[str, Any] = {
-            "lora_rank": int, "lora_alpha": number, "lora_dropout": number, "use_rslora": bool, "use_dora": bool,
-        }  # fmt: skip
-        wrong = [FIELDS[f] for f, kind in hints.items() if not isinstance(getattr(config, f), kind)]
-        if wrong or config.lora_rank < 1:
-            raise ValueError(f"adapters: {path}: {' '.join(wrong) or 'r'} has {raw.get((wrong or ['r'])[0])!r}")
     except TypeError as error:
         raise ValueError(f"adapters: {path} cannot be read: {error}") from None
+    rank, alpha, dropout, number = config.lora_rank, config.lora_alpha, config.lora_dropout, (int, float)
+    for key, fits, wants in (
+        ("r", isinstance(rank, int) and rank >= 1, "an integer of at least 1"),
+        ("lora_alpha", isinstance(alpha, number) and 0 < alpha < math.inf, "a number above 0"),
+        ("lora_dropout", isinstance(dropout, number) and 0 <= dropout < 1, "0 <= x < 1"),
+        ("use_rslora", isinstance(config.use_rslora, bool), "true or false"),
+        ("use_dora", isinstance(config.use_dora, bool), "true or false"),
+    ):
+        if not fits:
+            raise ValueError(f"adapters: {path}: {key} has {raw[key]!r}, wants {wants}")
     return config, raw.get("base_model_name_or_path")
 
 

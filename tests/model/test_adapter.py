@@ -67,6 +67,13 @@ def test_targets():
         ({"lora_rank": 17}, r"lora_rank: has 17, wants at most 16: model.layers.0.self_attn.k_proj has shape \(16, 32\)"),
         ({"use_dora": True, "target_modules": ("embed_tokens",)}, "use_dora: model.embed_tokens cannot be a target"),
         ({"tuner_type": "full", "quant_bits": 4}, "quant_bits: has 4, wants tuner_type lora"),
+        ({"quant_bits": 8}, "quant_bits: has 8, wants 4"),
+        ({"lora_rank": 0}, "lora_rank: has 0, wants at least 1"),
+        ({"lora_rank": -2}, "lora_rank: has -2, wants at least 1"),
+        ({"lora_alpha": 0}, "lora_alpha: has 0, wants more than 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: has nan, wants more than 0"),
+        ({"lora_dropout": 1.0}, r"lora_dropout: has 1\.0, wants 0 <= x < 1"),
+        ({"lora_dropout": -0.1}, r"lora_dropout: has -0\.1, wants 0 <= x < 1"),
     ],
 )
 def test_targets_that_cannot_be(changes, message):

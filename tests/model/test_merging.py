@@ -248,7 +248,7 @@ def test_bad_input(tmp_path):
     for path in (tmp_path / "base").glob("model*"):
         path.unlink()
     save_file(made_of_nan, tmp_path / "base" / "model.safetensors")
-    with pytest.raises(ValueError, match=r"merge: model\.layers\.0\.mlp\.up_proj\.weight cannot be quantised"):
+    with pytest.raises(ValueError, match=r"merge: model\.layers\.0\.mlp\.up_proj\.weight cannot be quantised: row 7, "):
         merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", onto="nf4")
     del made_of_nan["model.norm.weight"]
     save_file(made_of_nan, tmp_path / "base" / "model.safetensors")

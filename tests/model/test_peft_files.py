@@ -170,6 +170,22 @@ def test_a_half_written_adapter(tmp_path):
         read_adapter_config(adapter)
 
 
+def test_a_rank_that_differs_between_settings_and_tensors(tmp_path):
+    ours, _, adapter = written(tmp_path)
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(config | {"r": 2}))
+    other = Model(ours.config, Mesh.single(), tuner=read_adapter_config(adapter)[0])
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj\.lora_A\.weight has shape \(4, 32\), wants \(2, 32\)"):
+        load_adapter(other, adapter)
+
+
+def test_an_adapter_of_another_vocabulary(tmp_path):
+    _, _, adapter = written(tmp_path, target_modules=("q_proj", "embed_tokens", "lm_head"))
+    config = ModelConfig.from_hf({**ModelConfig.from_hf(tmp_path / "base").to_hf(), "vocab_size": 101})
+    with pytest.raises(ValueError, match=r"embed_tokens\.lora_embedding_A has shape \(4, 97\), wants \(4, 101\)"):
+        load_adapter(Model(config, Mesh.single(), tuner=read_adapter_config(adapter)[0]), adapter)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -178,8 +194,13 @@ def test_a_half_written_adapter(tmp_path):
         ({"layers_to_transform": [1]}, r"layers_to_transform has \[1\], wants it off"),
         ({"bias": "all"}, "bias has 'all', wants it off"),
         ({"something_new": 1}, "something_new has 1, wants it off"),
-        ({"r": 0}, "r has 0"),
-        ({"r": "four"}, "r has 'four'"),
+        ({"r": 0}, "r has 0, wants an integer of at least 1"),
+        ({"r": "four"}, "r has 'four', wants an integer of at least 1"),
+        ({"lora_alpha": 0}, "lora_alpha has 0, wants a number above 0"),
+        ({"lora_alpha": "8"}, "lora_alpha has '8', wants a number above 0"),
+        ({"lora_dropout": 1.0}, r"lora_dropout has 1\.0, wants 0 <= x < 1"),
+        ({"use_dora": "yes"}, "use_dora has 'yes', wants true or false"),
+        ({"target_modules": 7}, "cannot be read"),
     ],
 )
 def test_settings_that_would_change_the_numbers_are_refused(change, message, tmp_path):

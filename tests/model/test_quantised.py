@@ -17,7 +17,7 @@ from swiftk.config import TunerConfig
 from swiftk.kernels.nf4 import nf4_dequantize, nf4_quantize
 from swiftk.model import Model, ModelConfig, checkpoint, load_checkpoint
 from swiftk.parallel.mesh import Mesh
-from tests.model.families import make_theirs, pack
+from tests.model.families import FAMILIES, make_theirs, pack
 
 QLORA = TunerConfig(tuner_type="lora", lora_rank=4, quant_method="bnb", quant_bits=4)
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -102,13 +102,28 @@ def test_settings_that_contradict_the_checkpoint(tmp_path):
         load(tmp_path / "nf4")
 
 
-def test_weights_that_cannot_be_quantised_are_named(tmp_path):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "has quant_method gptq, bits 4; wants bitsandbytes"),
+        ({"quant_method": "awq", "bits": 4}, "has quant_method awq, bits 4; wants"),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "has quant_method fp8; wants .* the plain checkpoint"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "has quant_method bitsandbytes, bits 8, "),
+    ],
+)
+def test_other_kinds_of_quantisation(given, message):
+    with pytest.raises(ValueError, match=f"quantization_config {message}"):
+        ModelConfig.from_hf({**FAMILIES["llama"].to_dict(), "quantization_config": given})
+
+
+def test_weights_that_cannot_be_quantised_are_named(tmp_path, monkeypatch):
     make_theirs("llama").save_pretrained(tmp_path)
+    monkeypatch.setattr(checkpoint, "QUANTISE_ELEMENTS", 32 * 7)  # rows at a time: the weight's own is named
     edit(tmp_path, lambda t: (t[UP].__setitem__((40, 31), float("nan")), t.pop("model.layers.0.self_attn.o_proj.weight")))
     with pytest.raises(ValueError) as error:
         load(tmp_path)
     text = str(error.value)
-    assert f"{UP} cannot be taken: rows 0 to 47: nf4_quantize: " in text and "40" in text
+    assert f"{UP} cannot be taken: row 40, block 0 has NaN or infinity, wants finite values" in text
     assert "model.layers.0.self_attn.o_proj.weight is missing, wants shape (32, 32)" in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import peft
@@ -12,8 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from swiftk.config import DataConfig, OptimConfig, TunerConfig
+from swiftk.arguments import ArgumentError, parse
+from swiftk.config import DataConfig, OptimConfig, RunConfig, TunerConfig
 from swiftk.model import Model, ModelConfig, load_adapter, load_checkpoint, save_checkpoint
+from swiftk.model.adapter import LINEARS
 from swiftk.parallel.comm import run_threads
 from swiftk.parallel.mesh import Mesh
 from swiftk.train import main
@@ -22,6 +25,7 @@ from swiftk.trainer.data import load_dataset
 from swiftk.trainer.loss import token_loss
 from swiftk.trainer.packing import BatchPlan, collate
 from swiftk.trainer.rows import read_rows
+from swiftk.trainer.run import tuner_of_checkpoint
 from swiftk.trainer.tokenizer import train_tokenizer
 from tests.trainer import toy
 from tests.trainer.test_oracle import SHAPE, transformers_losses
@@ -204,6 +208,9 @@ def test_going_on_from_an_adapter_names_nothing_twice(base, tmp_path, capsys):
         assert evaluations(tmp_path / "more")[0] == evaluations(tmp_path)[-1]
         capsys.readouterr()
         for changes, message in (
+            ({"target_modules": ("all-linear",)}, "target_modules: has ('all-linear',), wants ("),
+            ({"target_modules": ("qproj",)}, "target_modules: 'qproj' matches no module of the model; the nearest are q_proj"),
+            ({"modules_to_save": ("lm_head",)}, "modules_to_save: has ('lm_head',), wants ()"),
             ({"lora_rank": 8}, f"lora_rank: has 8, wants 4 like {first}; leave it out, or start a new adapter"),
             ({"tuner_type": "full"}, "is given with tuner_type full"),
             ({"init_weights": "pissa"}, "init_weights: has pissa with adapters, wants it left out"),
@@ -222,6 +229,23 @@ def test_going_on_from_an_adapter_names_nothing_twice(base, tmp_path, capsys):
         assert line.startswith(f"swiftk.train: load_adapter: {first} does not fit the model: ") and "has shape" in line
     finally:
         torch.set_num_threads(threads)
+
+
+def test_adapters_by_other_names_of_the_same_modules(base, tmp_path):
+    """all-linear is its seven names; quant_bits of the run before, unless it is switched off."""
+    toy.launch(arguments(base, tmp_path, quant_bits=4, quant_method="bnb", max_steps=1, save_steps=0))
+    argv = ["--adapters", str(last_of(tmp_path)), "--dataset", "rows.jsonl", "--target_modules"]
+    seven = [name.rsplit(".")[-1] for name in LINEARS]
+    for names in (["all-linear"], seven, ["self_attn.q_proj", *seven], [r"model\.layers\..*"]):
+        found = parse([*argv, *names], preset="")
+        assert found.tuner.target_modules == tuple(names) and found.tuner.quant_bits == 4 and not found.warnings
+    with pytest.raises(ArgumentError, match="target_modules: has"):
+        parse([*argv, *seven[1:]], preset="")
+    off = parse([*argv[:-1], "--quant_bits", "null"], preset="")
+    assert off.tuner.quant_bits is None and "was trained over NF4; over 16 or 32 bits it is off" in off.warnings[0]
+    (last_of(tmp_path) / "args.json").write_text("[]")
+    with pytest.raises(ArgumentError, match=r"args\.json is damaged"):
+        parse(argv[:-1], preset="")
 
 
 def test_qlora_holds_the_base_in_nf4(base, tmp_path, capsys):
@@ -254,6 +278,14 @@ def test_adapters_without_their_base_are_refused(base, tmp_path, capsys):
     assert main(toy.argv({**common, "model": str(base), "target_modules": ("qproj",), "peak_tflops": 1})) == 1
     assert "target_modules: 'qproj' matches no module of the model; the nearest are q_proj" in capsys.readouterr().err
     torch.set_num_threads(threads)
+
+
+def test_a_checkpoint_in_nf4_is_tuned_by_adapters_only(base):
+    shape = replace(ModelConfig.from_hf(base), quantised=True)
+    found = tuner_of_checkpoint(TunerConfig("lora", lora_rank=4), shape, RunConfig(model="there"))
+    assert found == TunerConfig("lora", lora_rank=4, quant_method="bnb", quant_bits=4)
+    with pytest.raises(ValueError, match=r"tuner_type: has full, wants lora: there is quantised \(NF4\)"):
+        tuner_of_checkpoint(TunerConfig("full"), shape, RunConfig(model="there"))
 
 
 def test_ten_steps_follow_peft(base, tmp_path):
