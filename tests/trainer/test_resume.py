@@ -263,7 +263,9 @@ def test_kill_at_twenty_moments(straight, tmp_path):
         mine = {**keys, "output_dir": str(tmp_path / f"out{moment}"), "resume_from_checkpoint": "auto"}
         process = start(mine)
         reached = rng.randrange(0, 19)
-        read_until(process, f"global_step/max_steps {reached}/20")  # by progress: a busy machine's pace changes
+        at = f"global_step/max_steps {reached}/20"  # by progress: a busy machine's pace changes
+        before = read_until(process, at)
+        assert at in before[-1], "".join(before)
         time.sleep(takes / 20 * rng.uniform(0.0, 1.0))
         process.send_signal(signal.SIGKILL)
         seen = process.communicate()[0].splitlines()
