@@ -13,7 +13,6 @@ keep those of the projected gradients of the blocks' matrices (galore.py).
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from swiftk.config import OptimConfig
+from swiftk.model.freezing import nearest
 from swiftk.model.parameters import EMBEDDING, HEAD
 from swiftk.trainer.adamw_8bit import AdamW8bit
 from swiftk.trainer.galore import GaLore
@@ -65,9 +65,8 @@ def lr_scales(vectors: Mapping[str, bool], config: OptimConfig) -> dict[str, flo
         except re.error as error:
             raise ValueError(f"parameter_lr: {pattern!r} is not a regex ({error})") from None
         if not found:
-            near = difflib.get_close_matches(pattern.replace("\\", ""), vectors, n=3, cutoff=0.3) or list(vectors)[:3]
             raise ValueError(
-                f"parameter_lr: {pattern!r} is found in the name of no trained parameter; the nearest are {', '.join(near)}"
+                f"parameter_lr: {pattern!r} is found in the name of no trained parameter; {nearest(pattern, vectors)}"
             )
         for name in found:
             if name in claimed:

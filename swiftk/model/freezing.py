@@ -32,7 +32,8 @@ WITH_LORA = (
 def frozen(tuner: TunerConfig, shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
     """Names of the parameters that full tuning leaves as they are. shapes: of all parameters, in the order of the checkpoint.
 
-    Raises: ValueError for a prefix or regex that no name has, where nothing is left to train, and for any of KEYS with lora.
+    Raises: ValueError for a prefix or regex that no name has, where nothing is opened again or nothing is left to train, and
+    for any of KEYS with lora.
     """
     if tuner.tuner_type == "lora":
         for key in KEYS:
@@ -46,7 +47,12 @@ def frozen(tuner: TunerConfig, shapes: Mapping[str, tuple[int, ...]]) -> frozens
             break
         held.add(name)
     held |= _named("freeze_parameters", tuner.freeze_parameters, tuner.freeze_parameters_regex, shapes)
-    held -= _named("trainable_parameters", tuner.trainable_parameters, tuner.trainable_parameters_regex, shapes)
+    opened = _named("trainable_parameters", tuner.trainable_parameters, tuner.trainable_parameters_regex, shapes)
+    if opened and not opened & held:
+        raise ValueError(
+            "trainable_parameters: names nothing that is frozen, wants freeze_parameters_ratio 1 to train this alone, or none"
+        )
+    held -= opened
     if len(held) == len(shapes):
         raise ValueError("freeze_parameters: has every parameter, wants some left to train; trainable_parameters opens some")
     return frozenset(held)
@@ -57,8 +63,7 @@ def _named(key: str, prefixes: Iterable[str], regex: str | None, names: Mapping[
     for prefix in prefixes:
         here = {name for name in names if name.startswith(prefix)}
         if not here:
-            parts = {name[:end] for name in names for end, letter in enumerate(f"{name}.") if letter == "."}
-            raise ValueError(f"{key}: no parameter's name starts with {prefix!r}; {_nearest(prefix, parts)}")
+            raise ValueError(f"{key}: no parameter's name starts with {prefix!r}; {nearest(prefix, names, parts=False)}")
         found |= here
     if regex is not None:
         try:
@@ -66,17 +71,21 @@ def _named(key: str, prefixes: Iterable[str], regex: str | None, names: Mapping[
         except re.error as error:
             raise ValueError(f"{key}_regex: {regex!r} is not a regex ({error})") from None
         if not here:
-            raise ValueError(f"{key}_regex: {regex!r} is found in no parameter's name; {_nearest(regex, names)}")
+            raise ValueError(f"{key}_regex: {regex!r} is found in no parameter's name; {nearest(regex, names)}")
         found |= here
     return found
 
 
-def _nearest(wanted: str, names: Iterable[str]) -> str:
-    names = sorted(names)
+def nearest(wanted: str, names: Iterable[str], *, parts: bool = True) -> str:
+    """What an error says of a prefix or regex that fits no name: the nearest beginnings and, with parts, parts of names."""
+    names = list(names)
     if "lm_head" in wanted and f"{EMBED}.weight" in names and HEAD not in names:
         return f"the head is tied: it is {EMBED}.weight"
-    near = difflib.get_close_matches(wanted.replace("\\", ""), names, n=3, cutoff=0.4) or names[:3]
-    return f"the nearest are {', '.join(near)}"
+    candidates = {name[:end] for name in names for end, letter in enumerate(f"{name}.") if letter == "."}
+    if parts:
+        candidates |= {part for name in names for part in name.split(".") if not part.isdigit()}
+    near = difflib.get_close_matches(wanted.replace("\\", ""), sorted(candidates), n=3, cutoff=0.4)
+    return f"the nearest are {', '.join(near)}" if near else f"names are like {', '.join(names[:3])}"
 
 
 def ambiguous_prefixes(tuner: TunerConfig, names: Iterable[str]) -> list[str]:

@@ -56,7 +56,10 @@ def test_a_share_of_the_elements(ratio, want):
          r"nearest are model.layers.0"),
         ({"trainable_parameters": ("lm_head",)}, "no parameter's name starts with 'lm_head'; the head is tied: it is model"),
         ({"freeze_parameters_regex": r"layers\.7\.q"}, r"freeze_parameters_regex: 'layers.*' is found in no parameter's name; "
-         r"the nearest are model.layers"),
+         r"the nearest are layers, model.layers.1"),
+        ({"freeze_parameters_regex": "qproj"}, "'qproj' is found in no parameter's name; the nearest are q_proj"),
+        ({"freeze_parameters_regex": "zzz"}, "'zzz' is found in no parameter's name; names are like model.embed_tokens.weight"),
+        ({"trainable_parameters": ("model.norm",)}, "trainable_parameters: names nothing that is frozen, wants freeze_param"),
         ({"trainable_parameters_regex": "q_proj("}, r"trainable_parameters_regex: 'q_proj\(' is not a regex"),
         ({"freeze_parameters_ratio": 1.0}, "freeze_parameters: has every parameter, wants some left to train"),
         ({"freeze_parameters_regex": "."}, "freeze_parameters: has every parameter, wants some left to train"),

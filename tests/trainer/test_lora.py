@@ -288,20 +288,23 @@ def test_a_checkpoint_in_nf4_is_tuned_by_adapters_only(base):
         tuner_of_checkpoint(TunerConfig("full"), shape, RunConfig(model="there"))
 
 
-def test_ten_steps_follow_peft(base, tmp_path):
+@pytest.mark.parametrize("targets", [("all-linear",), ("v_proj", "lm_head")], ids=["blocks", "head"])
+def test_ten_steps_follow_peft(base, tmp_path, targets):
     """Without dropout, which draws from another generator there: losses of ten steps, weight decay included, in fp32."""
     settings = dict(learning_rate=5e-3, weight_decay=0.1, max_grad_norm=1.0, warmup_ratio=0.1)
     keys = arguments(
         base, tmp_path, lora_dropout=0.0, split_dataset_ratio=0.0, max_steps=STEPS, save_steps=0, global_batch_size=4,
-        micro_batch_size=2, **settings,
+        micro_batch_size=2, target_modules=targets, **settings,
     )  # fmt: skip
     toy.launch(keys)
     ours = [line["loss"] for line in toy.logged(next((tmp_path / "out").glob("v0-*"))) if "loss" in line]
 
-    start = Model(ModelConfig.from_hf(base), Mesh.single(), seed=None, tuner=TunerConfig("lora", lora_rank=4), adapter_seed=42)
+    tuner = TunerConfig("lora", lora_rank=4, target_modules=targets)
+    start = Model(ModelConfig.from_hf(base), Mesh.single(), seed=None, tuner=tuner, adapter_seed=42)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    theirs_targets = "all-linear" if "all-linear" in targets else list(targets)
     adapted = peft.get_peft_model(theirs, peft.LoraConfig(
-        r=4, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=4, lora_alpha=32, lora_dropout=0.0, target_modules=theirs_targets, task_type="CAUSAL_LM"
     ))  # fmt: skip
     with torch.no_grad():
         for name, p in start.named_parameters():
