@@ -128,9 +128,9 @@ def state_of(optimizer: torch.optim.Optimizer, p: torch.nn.Parameter) -> dict[st
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """rate: of a parameter with the factor 1."""
+    """rate: of a parameter with the factor 1, which is that of a group that names none (added later, or from elsewhere)."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def gradient_norm(params: Iterable[torch.nn.Parameter]) -> float:

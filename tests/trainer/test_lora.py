@@ -114,6 +114,8 @@ def test_five_and_five_equal_ten_with_dropout(base, tmp_path, capsys):
     assert all(".lora_" in name for name in state_of(a))  # the base is not in the resume state
     assert any("lm_head" in name for name in state_of(a))
     assert "rates       0.01, except 0.04 (14 tensors), 0.002 (2 tensors)\n" in capsys.readouterr().out
+    rates = [line["learning_rate"] for line in toy.logged(a.parent) if "learning_rate" in line]
+    assert max(rates) == 0.01 and min(rates) < 0.002  # the schedule's, not those of the groups
     toy.launch({**keys, "output_dir": str(tmp_path / "dry" / "out"), "lora_dropout": 0.0})
     other = load_file(last_of(tmp_path / "dry") / "adapter_model.safetensors")
     assert not any(torch.equal(t, other[n]) for n, t in tensors[0].items())

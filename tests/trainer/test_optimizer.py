@@ -142,6 +142,29 @@ def test_parameters_with_rates_of_their_own_follow_torchs_groups():
         oracle.step()
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b), name
+    optimizer.add_param_group({"params": [("more", torch.nn.Parameter(torch.zeros(2)))]})
+    set_learning_rate(optimizer, 0.5)
+    assert optimizer.param_groups[-1]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "galore", "q_galore"])
+def test_every_optimizer_has_the_groups(optim):
+    """The update is in proportion to the rate: the same gradients move a parameter of twice the rate twice as far."""
+    moves = []
+    for rate in (0.01, 0.02):
+        model = toy.model(dtype=torch.float32)
+        settings = OptimConfig(optim=optim, learning_rate=0.01, parameter_lr={"up_proj": rate}, galore_rank=4, weight_decay=0.0)
+        optimizer = build_optimizer(dict(model.named_parameters()), settings)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        torch.manual_seed(0)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        set_learning_rate(optimizer, 0.01)
+        optimizer.step()
+        moves.append({name: p.detach() - before[name] for name, p in model.named_parameters()})
+    for name, move in moves[0].items():
+        factor = 2 if "up_proj" in name else 1
+        assert move.any() and torch.allclose(factor * move, moves[1][name], rtol=1e-3, atol=1e-7), name
 
 
 @pytest.mark.parametrize(
