@@ -6,8 +6,7 @@ def best_isa() -> str: ...
 def resolve_isa(name: str) -> None: ...
 def read_memory(data: int, bytes: int, threads: int) -> int: ...
 def adamw_8bit(
-    tensors: int, rates: int, count: int, map1: int, edges1: int, first1: int, negative1: int, map2: int, edges2: int,
-    first2: int, threads: int, isa: str,
+    tensors: int, rates: int, count: int, signed_code: tuple[int, ...], unsigned_code: tuple[int, ...], threads: int, isa: str,
 ) -> None: ...  # fmt: skip
 def linear_fwd(
     dtype: int, acc_out: bool, x: tuple[int, int], w: tuple[int, int], s: tuple[int, int], t: tuple[int, int], scale: int,

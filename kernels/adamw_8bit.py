@@ -25,9 +25,11 @@ Not supported: fp64 and fp16, amsgrad, stochastic rounding (small updates of a b
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from array import array
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -120,11 +122,17 @@ def _rates(u: Update) -> tuple[float, ...]:
 
 
 class _Table(NamedTuple):
-    """How the kernel finds a code with one look-up (struct Code in csrc/cpu/adamw_8bit.cpp)."""
+    """How the kernel finds a code, by one look-up or a line per decade of the map (struct Code in csrc/cpu/adamw_8bit.cpp)."""
 
     edges: torch.Tensor  # uint32 as int32
+    lines: torch.Tensor  # fp32 (6, 8)
     first: int  # bucket of edges[0]
     negative: int  # where the buckets of negative values start
+    decades: int  # upper half of the bit pattern, where counting decades starts
+
+    def args(self, signed: bool) -> tuple[int, ...]:
+        addresses = (t.data_ptr() for t in (dynamic_map(signed), self.edges, self.lines))
+        return *addresses, self.first, self.negative, self.decades
 
 
 def _bits(x: float) -> int:
@@ -161,7 +169,36 @@ def _table(signed: bool) -> _Table:
         assert len(inside) <= 1
         code = zero - sum(x >> shift < bucket for x in down)
         edges.append((code << 24) + (inside[0] if inside else 2**24 - 1))
-    return _Table(torch.tensor(edges, dtype=torch.int64).to(torch.int32), first, last + 1 - first)
+    lines, decades = _lines(signed)
+    return _Table(torch.tensor(edges, dtype=torch.int64).to(torch.int32), lines, first, last + 1 - first, decades)
+
+
+def _lines(signed: bool) -> tuple[torch.Tensor, int]:
+    """struct Code's lines and decades, k as there: decade i = 0, ..., 6 has k = 2^E, ..., 2^(E + 1) - 1; E = i, unsigned i + 1."""
+    low = 0 if signed else 1
+    values = dynamic_map(signed).double().tolist()[127 if signed else 0 :]  # of k = low, low + 1, ...
+    middle = [(a + b) / 2 for a, b in itertools.pairwise(values)]  # exact; between k and the next one
+    top = 2 ** (7 + low)
+    lines, factors = torch.zeros(6, 8), {}
+    for i in range(7):
+        power = 2 ** (i + low)
+        c = Fraction(10) ** (i - 6) / (20 * power)
+        slope, start = float(1 / (18 * c)), (16 * power - 9) / 18 + 0.5
+        if i == 0:  # the line through its only threshold, from x = 0 on
+            slope, start = 0.5 / middle[low], 0.5 + 2 * low
+        lines[0, i] = _below(middle[2 * power - 1 - low])
+        lines[1, i], lines[2, i], lines[3, i] = slope, start, 2 * power - 0.5
+        factors[i + low] = c
+    lines[0, 7], lines[2, 7], lines[3, 7] = math.inf, top + 0.5, top + 0.5
+    factors[7 + low] = Fraction(1, 18 * top + 9 - 16 * top)
+    for exponent, c in factors.items():
+        lines[4, (exponent - 1) % 8] = float(c)
+        lines[5, (exponent - 1) % 8] = float(c - Fraction(float(lines[4, (exponent - 1) % 8])))
+    # the kernel counts (pattern - decades) 154 / 2^16 decades: i where decade i ends, so i or i - 1 within it
+    ends = [_bits(float(x)) >> 16 for x in lines[0, :7]]
+    decades = round(sum(end - 2**16 / 154 * (i + 0.5) for i, end in enumerate(ends)) / 7)
+    assert [max(end - decades, 0) * 154 >> 16 for end in ends] == list(range(7))
+    return lines, decades
 
 
 # --- launcher ----------------------------------------------------------------------------------------------------
@@ -180,10 +217,9 @@ def _launch(updates: Sequence[Update], isa: str) -> None:
         rates.extend(_rates(u))
         first_block += -(-n // BLOCK)
         elements += n
-    one, two = _table(True), _table(False)
     native().adamw_8bit(
-        tensors.buffer_info()[0], rates.buffer_info()[0], len(updates), dynamic_map(True).data_ptr(), one.edges.data_ptr(),
-        one.first, one.negative, dynamic_map(False).data_ptr(), two.edges.data_ptr(), two.first, threads(elements), isa,
+        tensors.buffer_info()[0], rates.buffer_info()[0], len(updates), _table(True).args(True), _table(False).args(False),
+        threads(elements), isa,
     )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ struct Rates {
 struct Code {
   const float* map;       // 256 values, ascending
   const uint32_t* edges;  // of the buckets from `first` on; signed: `negative` further on for negative x
-  int32_t first, negative;
+  const float* lines;     // of the avx2 path, see adamw_8bit.inc: rows of 8
+  int32_t first, negative, decades;
 };
 constexpr int kShiftSigned = 17, kShiftUnsigned = 16;  // 64 and 128 buckets an octave: 0.0078 and 0.0039 wide below 1, where
                                                        // neighbouring values are 0.0141 and 0.0070 apart
@@ -34,17 +35,22 @@ constexpr int kShiftSigned = 17, kShiftUnsigned = 16;  // 64 and 128 buckets an 
 
 namespace swiftk {
 
+using CodeArgs = std::tuple<uintptr_t, uintptr_t, uintptr_t, int32_t, int32_t, int32_t>;  // the members of Code
+static Code code_of(const CodeArgs& args) {
+  const auto& [map, edges, lines, first, negative, decades] = args;
+  return {pointer<const float>(map), pointer<const uint32_t>(edges), pointer<const float>(lines), first, negative, decades};
+}
+
 void bind_adamw_8bit(py::module_& m) {
   m.def(
       "adamw_8bit",
-      [](uintptr_t tensors, uintptr_t rates, int64_t count, uintptr_t map1, uintptr_t edges1, int32_t first1, int32_t negative1,
-         uintptr_t map2, uintptr_t edges2, int32_t first2, int threads, const std::string& isa) {
-        const Code code1{pointer<const float>(map1), pointer<const uint32_t>(edges1), first1, negative1};
-        const Code code2{pointer<const float>(map2), pointer<const uint32_t>(edges2), first2, 0};
+      [](uintptr_t tensors, uintptr_t rates, int64_t count, const CodeArgs& signed_code, const CodeArgs& unsigned_code, int threads,
+         const std::string& isa) {
+        const Code code1 = code_of(signed_code), code2 = code_of(unsigned_code);
         auto run = [&](auto f) { f(pointer<const AdamTensor>(tensors), pointer<const Rates>(rates), count, code1, code2, threads); };
         if (resolve_isa(isa) == Isa::portable) return run(portable::adamw_8bit);
 #if defined(__x86_64__)
-        run(avx2::adamw_8bit);  // avx512 too: the time is that of the look-ups, which are no faster 16 at once
+        run(avx2::adamw_8bit);  // avx512 too
 #endif
       },
       py::call_guard<py::gil_scoped_release>());

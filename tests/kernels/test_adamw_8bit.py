@@ -85,19 +85,33 @@ def test_the_reference_takes_the_nearest_value(signed):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_at_every_threshold(signed, isa):
-    """The fp32 numbers at, just below and just above each middle, in blocks whose absmax is 1."""
+    """The fp32 numbers at, just below and just above each middle, in blocks whose absmax is 1; side by side, and each among ones:
+    eight numbers far from a middle take another way."""
     code_map = dynamic_map(signed).double()
     middles = ((code_map[1:] + code_map[:-1]) / 2).float()
     around = torch.cat([torch.nextafter(middles, torch.tensor(s * math.inf)) for s in (-1, 1)] + [middles])
     if not signed:
         around = around.sqrt()
         around = torch.cat([torch.nextafter(around, torch.tensor(s * math.inf)) for s in (-1, 1)] + [around])
+    if signed:
+        around = torch.cat([around, torch.tensor([1e-45, -1e-45, 2.0**-126])])
+    around = torch.cat([around, torch.cat([around[:, None], torch.ones(len(around), 7)], 1).flatten()])
     x = torch.nn.functional.pad(around, (0, -len(around) % (BLOCK - 1))).view(-1, BLOCK - 1)
     x = torch.cat([torch.ones(len(x), 1), x], 1).flatten()
     got = codes_of(x, isa)
     want = quantize_8bit_ref(x, True) if signed else quantize_8bit_ref(x * x, False)
     assert equal((got.exp_avg if signed else got.exp_avg_sq), want[0])
     assert len(want[0].unique()) >= 255  # every code, but 255 or 0 where nothing rounds to it
+
+
+def test_every_code_is_decoded_to_the_maps_value(isa):
+    """With beta 1/2, no gradient, lr 1 and eps 1: p <- -m at step 1, and -1 / (1 + sqrt(v)) where only v is given."""
+    codes, one = torch.arange(256).to(torch.uint8), torch.ones(1)
+    zero, zeros = torch.zeros(256), torch.zeros(256, dtype=torch.uint8)
+    u = Update(zero, zero, Moments(codes, zeros, one, one), 1, 1.0, (0.5, 0.5), 1.0, 0.0)
+    assert torch.equal(run([u], isa)[0][0], -dynamic_map(True))
+    u = u._replace(moments=Moments(zeros + 255, codes, one, one))
+    assert torch.equal(run([u], isa)[0][0], adamw_8bit_ref(u)[0])
 
 
 def test_codes_of_any_bit_pattern(isa):
