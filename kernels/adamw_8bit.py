@@ -174,7 +174,7 @@ def _table(signed: bool) -> _Table:
 
 
 def _lines(signed: bool) -> tuple[torch.Tensor, int]:
-    """struct Code's lines and decades, k as there: decade i = 0, ..., 6 has k = 2^E, ..., 2^(E + 1) - 1; E = i, unsigned i + 1."""
+    """struct Code's lines and decades, k as there: decade i = 0 ... 6 has k = 2^E ... 2^(E + 1) - 1; E = i, unsigned i + 1."""
     low = 0 if signed else 1
     values = dynamic_map(signed).double().tolist()[127 if signed else 0 :]  # of k = low, low + 1, ...
     middle = [(a + b) / 2 for a, b in itertools.pairwise(values)]  # exact; between k and the next one

@@ -85,7 +85,7 @@ def test_the_reference_takes_the_nearest_value(signed):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_at_every_threshold(signed, isa):
-    """The fp32 numbers at, just below and just above each middle, in blocks whose absmax is 1; side by side, and each among ones:
+    """The fp32 numbers at, just below and just above each middle, in blocks whose absmax is 1; in a row, and each among ones:
     eight numbers far from a middle take another way."""
     code_map = dynamic_map(signed).double()
     middles = ((code_map[1:] + code_map[:-1]) / 2).float()
