@@ -46,6 +46,7 @@ IGNORED = {
     "megatron_core", "qalora_group_size", "runtime_config",
 }  # fmt: skip
 OFF: tuple[Any, ...] = (None, False, "none", [], {})
+PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")  # others take something out of the base
 
 
 # --- the configuration -------------------------------------------------------------------------------------------
@@ -60,6 +61,11 @@ def read_adapter_config(directory: str | Path) -> tuple[TunerConfig, str | None]
     for key, value in raw.items():
         if key not in IGNORED and key not in FIELDS.values() and value not in OFF:
             raise ValueError(f"adapters: {path}: {key} has {value!r}, wants it off: swiftk has no such adapters yet")
+    if raw.get("init_lora_weights") not in PLAIN_INITS:
+        raise ValueError(
+            f"adapters: {path}: init_lora_weights has {raw['init_lora_weights']!r}: it belongs to what this initialisation left "
+            "of the base, wants an adapter of the whole base; in peft, save it with path_initial_model_for_weight_conversion"
+        )
     try:
         values = {field: raw[key] for field, key in FIELDS.items() if raw.get(key) is not None}
         for field in ("target_modules", "modules_to_save"):
