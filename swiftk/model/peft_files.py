@@ -63,8 +63,8 @@ def read_adapter_config(directory: str | Path) -> tuple[TunerConfig, str | None]
             raise ValueError(f"adapters: {path}: {key} has {value!r}, wants it off: swiftk has no such adapters yet")
     if raw.get("init_lora_weights") not in PLAIN_INITS:
         raise ValueError(
-            f"adapters: {path}: init_lora_weights has {raw['init_lora_weights']!r}: it belongs to what this initialisation left "
-            "of the base, wants an adapter of the whole base; in peft, save it with path_initial_model_for_weight_conversion"
+            f"adapters: {path}: init_lora_weights has {raw['init_lora_weights']!r}: it belongs to what that initialisation "
+            "left of the base, wants an adapter of all of it; in peft, save it with path_initial_model_for_weight_conversion"
         )
     try:
         values = {field: raw[key] for field, key in FIELDS.items() if raw.get(key) is not None}

@@ -201,8 +201,8 @@ def test_an_adapter_of_another_vocabulary(tmp_path):
         ({"lora_dropout": 1.0}, r"lora_dropout has 1\.0, wants 0 <= x < 1"),
         ({"use_dora": "yes"}, "use_dora has 'yes', wants true or false"),
         ({"target_modules": 7}, "cannot be read"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights has 'pissa_niter_4': it belongs to what this initialisation"),
-        ({"init_lora_weights": "olora"}, "init_lora_weights has 'olora': it belongs to what this initialisation left"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights has 'pissa_niter_4': it belongs to what that init"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights has 'olora': it belongs to what that init"),
     ],
 )
 def test_settings_that_would_change_the_numbers_are_refused(change, message, tmp_path):
