@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from swiftk.benchmarks.bench_train import Save, step_dtype
+from swiftk.benchmarks.bench_train import FEW, Save, step_dtype
 from swiftk.benchmarks.harness import Options, peak_extra_mib, peak_resident_mib
 from swiftk.benchmarks.step import (
     CANDIDATES,
@@ -36,7 +36,6 @@ from swiftk.model import ModelConfig
 from swiftk.model.transformer import RECOMPUTE
 
 GOAL = 1.15  # of the sum
-FEW = (8, 8)  # rows of the step before
 QWEN3_600M = ModelConfig(
     model_type="qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
     num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960, rope_theta=1e6,

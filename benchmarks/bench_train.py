@@ -21,6 +21,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,8 @@ from swiftk.trainer.tokenizer import train_tokenizer
 
 Save = Callable[[str, dict[str, Any]], Any]  # name, what to keep
 
-MEMORY_STEPS = 2  # the second one has the optimizer's state
+CHECKED = (40, 90, 64)  # rows on which values are compared, enough for that
+FEW = (8, 8)  # rows of a step after which the optimizer has its state
 EQUAL = 256  # tokens of the rows that need no padding
 GSM8K = Path(__file__).with_name("gsm8k_lengths.json")
 SMALL = ModelConfig(
@@ -138,36 +140,44 @@ def matmul_floor(setting: Setting) -> Callable[[Batch], float]:
 
 
 def peak_mib(name: str, setting: Setting) -> float | None:
-    """Weights, gradients, optimizer state and activations of MEMORY_STEPS steps; None where the system does not tell."""
+    """Weights, gradients, optimizer state and activations of a step; None where the system does not tell."""
     warm_up(name, setting)
 
     def run() -> None:
         candidate = CANDIDATES[name](setting)
-        for batch in make_batches(setting)[:MEMORY_STEPS]:
+        for batch in make_batches(replace(setting, lengths=(FEW, setting.lengths[0]))):
             candidate.step(batch)
 
     return peak_extra_mib(run)
 
 
-def measure(rows: str, setting: Setting, *, against: bool, memory: bool) -> dict[str, Any]:
-    """One record; `against`: the peer too."""
-    batches = make_batches(setting)
+Timed = dict[str, Callable[[Batch], Any]]
+
+
+def candidates_of(setting: Setting, against: bool) -> Timed:
+    """Each ready: values compared, a step of the first batch done. `against`: the peer too."""
     if against:
-        check_values(setting, batches[0])
-    floor, mine = matmul_floor(setting), ours(setting).step
-    candidates: dict[str, Callable[[Batch], Any]] = {"swiftk": mine, "self": mine}
-    if against:
-        candidates["peer"] = peer(setting).step
-    seconds: dict[str, list[float]] = {c: [] for c in [*candidates, "floor"]}
-    for f in (*candidates.values(), floor):
-        f(batches[0])  # first calls: threads, optimizer state
+        check_values(setting, make_batches(replace(setting, lengths=(CHECKED,)))[0])
+    mine, floor = ours(setting).step, matmul_floor(setting)
+    candidates: Timed = {"swiftk": mine, "self": mine, **({"peer": peer(setting).step} if against else {}), "floor": floor}
+    first = make_batches(setting)[0]
+    for step in set(candidates.values()):
+        step(first)
+    return candidates
+
+
+def measure(rows: str, setting: Setting, timed: Timed, *, memory: bool) -> dict[str, Any]:
+    """One record."""
+    batches, against = make_batches(setting), "peer" in timed
+    candidates = {name: step for name, step in timed.items() if name != "floor"}
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
     for number, batch in enumerate(batches):
         order = list(candidates) if number % 2 == 0 else list(reversed(candidates))
         for candidate in order:
             start = time.perf_counter()
             candidates[candidate](batch)
             seconds[candidate].append(time.perf_counter() - start)
-        seconds["floor"].append(floor(batch))
+        seconds["floor"].append(timed["floor"](batch))
     tokens = [len(b.input_ids) for b in batches]
     places = [len(b) * max(b) for b in setting.lengths]
     record: dict[str, Any] = {
@@ -224,7 +234,7 @@ def run(options: Options, arguments: list[str], save: Save | None = None) -> lis
     parser.add_argument("--tuner", nargs="+", choices=TUNERS, default=list(TUNERS), help="default: all")
     parser.add_argument("--lengths", type=Path, default=GSM8K, metavar="FILE", help="tokens per row, or rows whose tokens are "
                         "counted; default: those of GSM8K's training split, benchmarks/gsm8k_lengths.json")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=1 if options.quick else 5, help="batches per kind of rows")
+    parser.add_argument("--steps", type=int, default=1 if options.quick else 3, help="batches per kind of rows")
     parser.add_argument("--rows", type=int, default=8, help="rows in a batch")
     parser.add_argument("--dropout", type=float, default=TunerConfig.lora_dropout, help="of the adapters' inputs, for both")
     parser.add_argument(
@@ -241,22 +251,22 @@ def run(options: Options, arguments: list[str], save: Save | None = None) -> lis
             parser.error(f"--{name} has {getattr(args, name)}, wants at least 1")
     config = QUICK if options.quick else SMALL
     longest = 32 if options.quick else config.max_position_embeddings
-    kinds = {
-        args.lengths.name: draw(read_lengths(args.lengths, config.vocab_size), args.steps, args.rows, longest),
-        f"rows of {EQUAL}": ((min(EQUAL, longest),) * args.rows,) * args.steps,
-    }
+    equal = ((min(EQUAL, longest),) * args.rows,) * args.steps
+    drawn = draw(read_lengths(args.lengths, config.vocab_size), args.steps, args.rows, longest)
+    kinds = {args.lengths.name: drawn, f"rows of {EQUAL}": equal}
     everything = []
     for tuner in args.tuner:
         missing = missing_packages(tuner)
         against = options.wants("transformers") and not missing
         if missing and options.wants("transformers"):
             print(f"{', '.join(missing)} not installed: {tuner} of ours alone")
+        setting = Setting(
+            config, tuner, step_dtype(options), options.isa, args.recompute, torch.get_num_threads(), equal, args.dropout
+        )
+        timed = candidates_of(setting, against)
         records = []
         for name, lengths in kinds.items():
-            setting = Setting(
-                config, tuner, step_dtype(options), options.isa, args.recompute, torch.get_num_threads(), lengths, args.dropout
-            )
-            records.append(measure(name, setting, against=against, memory=not args.no_memory))
+            records.append(measure(name, replace(setting, lengths=lengths), timed, memory=not args.no_memory))
             print(show(records[-1]), flush=True)
         shape = {"layers": config.num_hidden_layers, "hidden": config.hidden_size, "vocab": config.vocab_size}
         adapters = {} if tuner == "full" else {"rank": RANK, "dropout": args.dropout}

@@ -8,10 +8,12 @@ import json
 import pytest
 import torch
 
-from swiftk.benchmarks import bench_memory, bench_train, step
+from swiftk.benchmarks import bench_memory, bench_train, report, step
 from swiftk.benchmarks.harness import Options
 from swiftk.kernels.nf4 import nf4_dequantize
 from swiftk.model.adapter import is_adapter, linear_shapes
+
+ORIGIN = {"commit": "abc", "environment": {"threads": 2}}  # what --save adds
 
 
 def setting(tuner, *lengths) -> step.Setting:
@@ -69,6 +71,8 @@ def test_a_quick_run_reports_every_step_and_kind_of_rows(capsys, tmp_path):
         assert record["swiftk"]["tokens_per_s"] > 0 and record["swiftk"]["percent_of_floor"] > 0
     assert [r["matmuls"] for r in records] == [45, 45, 27, 27, 27, 27]  # 15 linears with the head; three need no dx
     assert "real tokens/s" in capsys.readouterr().out
+    table = report.training_markdown([result | ORIGIN for result in kept.values()])
+    assert [line.split(" | ")[0] for line in table.splitlines()[4:]] == [f"| {tuner}" for tuner in step.TUNERS for _ in kinds]
 
 
 def test_dtype_is_the_one_asked_for():
@@ -121,5 +125,7 @@ def test_memory_is_counted_by_component():
     assert mib["activations kept"] == 2 * 4 * T * (3 * H + 2 * D + 2 * K + 2 * I + 7 * step.RANK)
     assert mib["activations of one block again"] == 4 * T * (H + D + K + I)
     assert found["sum_mib"] == pytest.approx(sum(found["swiftk"]["components_mib"].values()))
+    table = report.memory_markdown(found | ORIGIN)
+    assert f"| sum | {found['sum_mib']:.0f} |" in table and all(f"| {name} |" in table for name in mib)
     if found["of_sum"] is not None:
         assert found["swiftk"]["process_mib"] > found["swiftk"]["peak_mib"] > 0
