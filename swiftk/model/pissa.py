@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 OVERSAMPLING = 8
-ROWS = 1 << 22  # elements of a product at a time
+ELEMENTS = 1 << 18  # of the product B0 A0, taken out of the weight at a time
 
 
 def principal(

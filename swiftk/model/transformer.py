@@ -46,7 +46,7 @@ from swiftk.model.adapter import LM_HEAD, Tuning, is_adapter, resolve
 from swiftk.model.config import ModelConfig
 from swiftk.model.freezing import frozen
 from swiftk.model.parameters import initial_value, param_specs, random_start
-from swiftk.model.pissa import OVERSAMPLING, ROWS, principal
+from swiftk.model.pissa import ELEMENTS, OVERSAMPLING, principal
 from swiftk.parallel.comm import Comm
 from swiftk.parallel.mesh import Mesh
 
@@ -190,7 +190,7 @@ class Linear(_Leaf):
             return weight
         left = weight.to(torch.promote_types(weight.dtype, self.start_A.dtype), copy=True)
         if not started:
-            finite = left.isfinite().all(1)
+            finite = torch.linalg.vector_norm(left, ord=torch.inf, dim=1).isfinite()  # all(isfinite) would copy the weight
             if not finite.all():
                 row = int((~finite).nonzero()[0])
                 raise ValueError(f"init_weights: {self.name}.weight has NaN or infinity in row {row}, wants a finite weight")
@@ -205,7 +205,7 @@ class Linear(_Leaf):
         self.lora_A.copy_(self.start_A)
         self.lora_B.copy_(self.start_B)
         a, b = self.start_A.to(left.dtype).t().contiguous(), self.start_B.to(left.dtype)
-        step = max(1, ROWS // left.shape[1])
+        step = max(1, ELEMENTS // left.shape[1])
         for first in range(0, len(left), step):  # a row's product is the same in any piece, and on any number of threads
             rows = slice(first, first + step)
             left[rows] -= self.scale * self.ops.linear(b[rows], a)

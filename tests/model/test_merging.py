@@ -187,15 +187,23 @@ def test_logits_of_merged_and_unmerged(tmp_path):
 
 
 def test_dtypes(tmp_path):
-    """Without a dtype each tensor keeps its own; what overflows it is an error, and nothing is left."""
+    """Without a dtype each tensor keeps its own; it is rounded once; what overflows it is an error, and nothing is left."""
     made(tmp_path)
     base = weights(tmp_path / "base")
+    for name, dtype in (("wide", torch.float32), ("narrow", torch.bfloat16)):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / name, dtype=dtype)
+    narrow = weights(tmp_path / "narrow")
+    assert all(torch.equal(t.bfloat16(), narrow[n]) for n, t in weights(tmp_path / "wide").items())
     for path in (tmp_path / "base").glob("model*"):
         path.unlink()
     mixed = {n: t.bfloat16() if "proj" in n else t.double() if "embed" in n else t for n, t in base.items()}
     save_file(mixed, tmp_path / "base" / "model.safetensors")
     merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert {n: t.dtype for n, t in weights(tmp_path / "out").items()} == {n: t.dtype for n, t in mixed.items()}
+    raw = (tmp_path / "out" / "model.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    offsets = {n: entry["data_offsets"][0] for n, entry in json.loads(raw[8 : 8 + size]).items() if n != "__metadata__"}
+    assert size % 8 == 0 and all(offset % mixed[n].element_size() == 0 for n, offset in offsets.items())  # as readers map them
     merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "half", dtype=torch.float16)
     assert transformers_of(tmp_path / "half").dtype == torch.float16
     mixed["model.layers.2.mlp.up_proj.weight"][-1, 0] = 1e6
