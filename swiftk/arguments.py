@@ -407,7 +407,8 @@ def from_adapters(values: dict[str, Any], warnings: list[str]) -> None:
         saved = run_arguments(directory) or {"model": base}
     except ValueError as error:
         raise ArgumentError(str(error)) from error
-    found = next((path for path in (saved.get("model"), base) if path and Path(path).is_dir()), None)
+    # base is absolute; the run's own path may name another directory from here
+    found = next((path for path in (base, saved.get("model")) if path and Path(path).is_dir()), None)
     if "model" not in values:
         if found is None:
             missing = f"the base of {directory}, {saved.get('model')}, is not there"

@@ -113,9 +113,11 @@ def resolve(config: ModelConfig, tuner: TunerConfig) -> Tuning:
     adapted = set(_matches("target_modules", targets, shapes, norms))
     if ALL_LINEAR in tuner.target_modules:
         adapted |= set(blocks)
+    if adapted and adapted <= saved:
+        raise ValueError("target_modules: all are in modules_to_save too, wants one at least that is not, or --tuner_type full")
     adapted -= saved
-    if not adapted and not saved:
-        raise ValueError(f"target_modules: has nothing, wants {ALL_LINEAR} or names of linears: there is nothing to train")
+    if not adapted:
+        raise ValueError(f"target_modules: has nothing, wants {ALL_LINEAR} or names of linears: there is no adapter to train")
     if tuner.use_dora and EMBED in adapted:
         raise ValueError(f"use_dora: {EMBED} cannot be a target of DoRA yet; take it out of target_modules, or use_dora false")
     quantised = frozenset(blocks) - saved if tuner.quant_bits else frozenset()

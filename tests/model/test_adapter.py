@@ -64,6 +64,8 @@ def test_targets():
         ({"target_modules": ("input_layernorm",)}, "'input_layernorm' names a norm, wants linears or embed_tokens"),
         ({"modules_to_save": ("lm_haed",)}, "modules_to_save: 'lm_haed' matches no module .*; the nearest are lm_head"),
         ({"target_modules": ()}, "target_modules: has nothing, wants all-linear or names"),
+        ({"target_modules": (), "modules_to_save": ("lm_head",)}, "target_modules: has nothing, wants all-linear or names"),
+        ({"target_modules": ("q_proj",), "modules_to_save": ("q_proj",)}, "target_modules: all are in modules_to_save too"),
         ({"lora_rank": 17}, r"lora_rank: has 17, wants at most 16: model.layers.0.self_attn.k_proj has shape \(16, 32\)"),
         ({"use_dora": True, "target_modules": ("embed_tokens",)}, "use_dora: model.embed_tokens cannot be a target"),
         ({"tuner_type": "full", "quant_bits": 4}, "quant_bits: has 4, wants tuner_type lora"),

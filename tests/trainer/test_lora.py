@@ -263,6 +263,17 @@ def test_qlora_holds_the_base_in_nf4(base, tmp_path, capsys):
     assert (tmp_path / "out" / "last").resolve().name == "checkpoint-6"
 
 
+def test_adapters_stand_on_their_own_base_from_anywhere(base, tmp_path, monkeypatch):
+    """The run was started with a relative path that names another checkpoint elsewhere."""
+    (tmp_path / "here").mkdir(), (tmp_path / "there" / "model").mkdir(parents=True)
+    (tmp_path / "here" / "model").symlink_to(base)
+    monkeypatch.chdir(tmp_path / "here")
+    toy.launch(arguments(base, tmp_path, max_steps=1, save_steps=0) | {"model": "model"})
+    monkeypatch.chdir(tmp_path / "there")
+    found = parse(["--adapters", str(last_of(tmp_path)), "--dataset", "rows.jsonl"], preset="")
+    assert Path(found.run.model).resolve() == base.resolve()
+
+
 def test_adapters_without_their_base_are_refused(base, tmp_path, capsys):
     """Full tuning of NF4 weights; an adapter of random weights; and the checkpoint's own quantisation."""
     common = {"dataset": (str(base.parent / "rows.jsonl"),), "output_dir": str(tmp_path / "out")}
