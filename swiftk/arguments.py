@@ -427,6 +427,11 @@ def from_adapters(values: dict[str, Any], warnings: list[str]) -> None:
             "quant_bits out to go on from the model that was trained"
         )
     elif saved.get("quant_bits"):
+        if str(saved.get("init_weights")).startswith("pissa"):
+            warnings.append(
+                f"careful: {directory} was trained by PiSSA over NF4, of weights that no base has: the run goes on from a "
+                "model that is off by the quantisation error"
+            )
         values.setdefault("quant_bits", saved["quant_bits"])
         values.setdefault("quant_method", saved.get("quant_method"))
 

@@ -16,17 +16,17 @@ from swiftk.model.peft_files import read_adapter_config, run_arguments
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
-def careful(base: str, adapter: str) -> str | None:
-    """What to say to somebody who chose no --base for an adapter that its run trained over NF4."""
+def careful(base: str, adapter: str, onto: str | None) -> str | None:
+    """What to say of an adapter that its run trained over NF4: where no --base is given, and where no --base is right."""
     trained = run_arguments(adapter) or {}
     if not trained.get("quant_bits") or ModelConfig.from_hf(base).quantised:
         return None
     if str(trained.get("init_weights")).startswith("pissa"):
         return (
-            "careful: the adapter was trained by PiSSA over NF4, of weights that no --base has; the source, "
-            "which is merged onto, is off by their quantisation error"
+            "careful: the adapter was trained by PiSSA over NF4, of weights that no --base has: the source is off by their "
+            "quantisation error, nf4 by its own too"
         )
-    return (
+    return None if onto else (
         "careful: the adapter was trained over NF4 and is merged onto the source, which is off by the quantisation error; "
         "--base nf4 gives the model that was trained"
     )
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
         base = args.model or read_adapter_config(args.adapters)[1]
         if not base:
             raise ValueError(f"merge: {args.adapters} names no base, wants --model BASE")
-        if args.base is None and (advice := careful(base, args.adapters)):
+        if advice := careful(base, args.adapters, args.base):
             print(advice, flush=True)
         merged = merge_adapter(
             base, args.adapters, args.output_dir, onto=args.base, dtype=DTYPES.get(args.dtype),

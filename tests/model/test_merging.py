@@ -164,10 +164,11 @@ def test_the_command_says_what_an_adapter_was_trained_over(tmp_path, capsys):
 
     assert "careful: the adapter was trained over NF4 and is merged onto the source" in said("one", quant_bits=4)
     assert "careful" not in said("two", quant_bits=None) + said("three", "--base", "nf4", quant_bits=4)
-    text = said("four", quant_bits=4, init_weights="pissa_niter_4")
-    assert "careful: the adapter was trained by PiSSA over NF4, of weights that no --base has" in text
+    for name, base in (("four", []), ("five", ["--base", "nf4"])):
+        text = said(name, *base, quant_bits=4, init_weights="pissa_niter_4")
+        assert "careful: the adapter was trained by PiSSA over NF4, of weights that no --base has" in text
     (tmp_path / "adapter" / "args.json").write_text("{")
-    assert merge.main([*command, "--output_dir", str(tmp_path / "five")]) == 1
+    assert merge.main([*command, "--output_dir", str(tmp_path / "six")]) == 1
     assert "args.json is damaged" in capsys.readouterr().err
 
 

@@ -245,7 +245,10 @@ def test_adapters_by_other_names_of_the_same_modules(base, tmp_path):
         parse([*argv, *seven[1:]], preset="")
     off = parse([*argv[:-1], "--quant_bits", "null"], preset="")
     assert off.tuner.quant_bits is None and "was trained over NF4; over 16 or 32 bits it is off" in off.warnings[0]
-    (last_of(tmp_path) / "args.json").write_text("[]")
+    path = last_of(tmp_path) / "args.json"
+    path.write_text(json.dumps({"arguments": json.loads(path.read_text())["arguments"] | {"init_weights": "pissa"}}))
+    assert "was trained by PiSSA over NF4, of weights that no base has" in parse(argv[:-1], preset="").warnings[0]
+    path.write_text("[]")
     with pytest.raises(ArgumentError, match=r"args\.json is damaged"):
         parse(argv[:-1], preset="")
 
