@@ -56,7 +56,7 @@ def activation_elements(config: ModelConfig, recompute: str, rank: int) -> tuple
 def components(setting: Setting, candidate: Candidate) -> dict[str, float]:
     """MiB of everything that is counted, after a step."""
     model, config = candidate.model, setting.config
-    tokens, wide = sum(setting.lengths[-1]), setting.dtype.itemsize
+    tokens, wide, accumulated = sum(setting.lengths[-1]), setting.dtype.itemsize, 4  # bytes; logits are fp32
     kept, again = activation_elements(config, setting.recompute, RANK)
     nf4 = {"codes", "absmax", "nested_code_map", "nested_absmax", "nested_offset"}
 
@@ -74,7 +74,7 @@ def components(setting: Setting, candidate: Candidate) -> dict[str, float]:
         "optimizer": nbytes(t for state in candidate.optimizer.state.values() for t in state.values()),
         "activations kept": config.num_hidden_layers * kept * tokens * wide,
         "activations of one block again": again * tokens * wide,
-        "head and loss": 3 * config.hidden_size * tokens * wide + BUFFER_BYTES,
+        "head and loss": 3 * config.hidden_size * tokens * wide + min(BUFFER_BYTES, tokens * config.vocab_size * accumulated),
     }
     return {name: size / 2**20 for name, size in count.items()}
 

@@ -124,6 +124,7 @@ def test_memory_is_counted_by_component():
     H, D, K, I, T = 64, 256, 128, 128, 64
     assert mib["activations kept"] == 2 * 4 * T * (3 * H + 2 * D + 2 * K + 2 * I + 7 * step.RANK)
     assert mib["activations of one block again"] == 4 * T * (H + D + K + I)
+    assert mib["head and loss"] == 4 * T * (3 * H + 256)  # the whole logits where they are less than a buffer
     assert found["sum_mib"] == pytest.approx(sum(found["swiftk"]["components_mib"].values()))
     table = report.memory_markdown(found | ORIGIN)
     assert f"| sum | {found['sum_mib']:.0f} |" in table and all(f"| {name} |" in table for name in mib)
