@@ -187,7 +187,7 @@ def _lines(signed: bool) -> tuple[torch.Tensor, int]:
         if i == 0:  # the line through its only threshold, from x = 0 on
             slope, start = 0.5 / middle[low], 0.5 + 2 * low
         lines[0, i] = _below(middle[2 * power - 1 - low])
-        lines[1, i], lines[2, i], lines[3, i] = slope, start, 2 * power - 0.5
+        lines[1, i], lines[2, i], lines[3, i] = slope, start - 2.0**-12, 2 * power - 0.5
         factors[i + low] = c
     lines[0, 7], lines[2, 7], lines[3, 7] = math.inf, top + 0.5, top + 0.5
     factors[7 + low] = Fraction(1, 18 * top + 9 - 16 * top)

@@ -86,7 +86,7 @@ def test_the_reference_takes_the_nearest_value(signed):
 @pytest.mark.parametrize("signed", [True, False])
 def test_codes_at_every_threshold(signed, isa):
     """The fp32 numbers at, just below and just above each middle, in blocks whose absmax is 1; in a row, and each among ones:
-    eight numbers far from a middle take another way."""
+    32 numbers far from every middle take another way."""
     code_map = dynamic_map(signed).double()
     middles = ((code_map[1:] + code_map[:-1]) / 2).float()
     around = torch.cat([torch.nextafter(middles, torch.tensor(s * math.inf)) for s in (-1, 1)] + [middles])
@@ -95,7 +95,7 @@ def test_codes_at_every_threshold(signed, isa):
         around = torch.cat([torch.nextafter(around, torch.tensor(s * math.inf)) for s in (-1, 1)] + [around])
     if signed:
         around = torch.cat([around, torch.tensor([1e-45, -1e-45, 2.0**-126])])
-    around = torch.cat([around, torch.cat([around[:, None], torch.ones(len(around), 7)], 1).flatten()])
+    around = torch.cat([around, torch.cat([around[:, None], torch.ones(len(around), 31)], 1).flatten()])
     x = torch.nn.functional.pad(around, (0, -len(around) % (BLOCK - 1))).view(-1, BLOCK - 1)
     x = torch.cat([torch.ones(len(x), 1), x], 1).flatten()
     got = codes_of(x, isa)
