@@ -35,6 +35,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from swiftk.config import DataConfig, OptimConfig, ParallelConfig, RunConfig, TunerConfig
 from swiftk.trainer.optimizer import state_of
 
 MANIFEST, STATE, ARGS, RESUME = "manifest.json", "trainer_state.json", "args.json", "resume"
@@ -271,17 +272,18 @@ def _saved_at(checkpoint: Path) -> float:
 
 
 def differing(saved: dict[str, Any], args: dict[str, Any]) -> list[str]:
-    """Keys that make two runs unequal, as "key: saved -> now"."""
+    """Keys that make two runs unequal, as "key: saved -> now". A key that is newer than the saved run had its default there."""
 
     def comparable(key: str, value: Any) -> Any:
         if key in PATH_KEYS:
             return [Path(v).name for v in value] if isinstance(value, list | tuple) else value and Path(value).name
         return list(value) if isinstance(value, tuple) else value
 
+    configs = (DataConfig, TunerConfig, OptimConfig, ParallelConfig, RunConfig)
     names = sorted((set(saved) | set(args)) - FREE_KEYS)
-    return [
-        f"{k}: {saved.get(k)!r} -> {args.get(k)!r}" for k in names if comparable(k, saved.get(k)) != comparable(k, args.get(k))
-    ]
+    saved = {**{key: value for config in configs for key, value in vars(config()).items()}, **saved}
+    pairs = [(k, saved.get(k), args.get(k)) for k in names]
+    return [f"{k}: {was!r} -> {now!r}" for k, was, now in pairs if comparable(k, was) != comparable(k, now)]
 
 
 def find_resumable(output_dir: Path, args: dict[str, Any]) -> tuple[Path | None, list[str]]:

@@ -258,6 +258,9 @@ def test_auto_takes_the_newest_of_an_equal_run(run_dir, tmp_path):
     assert found == first and "learning_rate: 0.2 -> 0.1" in notes[0]
     assert checkpoint.find_resumable(tmp_path / "out", {**now, "dataset": ("/a/others.jsonl",)})[0] is None
     assert checkpoint.find_resumable(tmp_path / "nothing", now) == (None, [])
+    newer = {**now, "freeze_parameters": (), "lorap_lr_ratio": None}  # keys that the run's version did not have
+    assert checkpoint.find_resumable(tmp_path / "out", newer)[0] == first
+    assert checkpoint.find_resumable(tmp_path / "out", {**newer, "lorap_lr_ratio": 4.0})[0] is None
 
 
 def test_state_file_has_the_fields(run_dir):
