@@ -141,8 +141,11 @@ def quantise(part: Any, spec: ParamSpec) -> NF4Tensor:
         piece = part[start:stop, left:right]
         try:
             weight = nf4_quantize(piece.float() if piece.dtype == torch.float16 else piece, blocksize=BLOCKSIZE)
-        except ValueError:  # it counts rows from the piece's start
-            row, column = (~piece.float().isfinite()).nonzero()[0].tolist()
+        except ValueError:
+            bad = (~piece.float().isfinite()).nonzero()
+            if not len(bad):
+                raise
+            row, column = bad[0].tolist()  # of the piece
             raise ValueError(
                 f"row {start + row}, block {column // BLOCKSIZE} has NaN or infinity, wants finite values; check the file"
             ) from None

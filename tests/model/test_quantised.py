@@ -17,6 +17,7 @@ from swiftk.config import TunerConfig
 from swiftk.kernels.nf4 import nf4_dequantize, nf4_quantize
 from swiftk.model import Model, ModelConfig, checkpoint, load_checkpoint
 from swiftk.parallel.mesh import Mesh
+from swiftk.parallel.spec import ParamSpec
 from tests.model.families import FAMILIES, make_theirs, pack
 
 QLORA = TunerConfig(tuner_type="lora", lora_rank=4, quant_method="bnb", quant_bits=4)
@@ -52,6 +53,24 @@ def test_loading_quantises_each_linear_of_the_blocks(rows, tmp_path, monkeypatch
         got, want = model.get_submodule(name.removesuffix(".weight")).base, nf4_quantize(value)
         assert torch.equal(got.codes, want.codes) and torch.equal(got.absmax, want.absmax), name
         assert got.absmax.dtype == torch.bfloat16 and name not in kept
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_rank_quantises_its_part_only(dim, monkeypatch):
+    monkeypatch.setattr(checkpoint, "QUANTISE_ELEMENTS", 3 * 256)
+    value = torch.randn(20, 256)
+    for rank in range(2):
+        spec = ParamSpec.split("w", value.shape, dim, rank, 2)
+        got, want = checkpoint.quantise(value, spec), nf4_quantize(value[tuple(slice(*s) for s in spec.slices)])
+        assert torch.equal(got.codes, want.codes) and torch.equal(got.absmax, want.absmax) and got.shape == want.shape
+
+
+def test_a_source_in_fp16_counts_as_fp32(tmp_path):
+    """Its absmax is exact in fp32, and would be rounded in bf16."""
+    make_theirs("llama", torch.float16).save_pretrained(tmp_path)
+    got = load(tmp_path).get_submodule(UP.removesuffix(".weight")).base
+    want = nf4_quantize(load_file(tmp_path / "model.safetensors")[UP].float())
+    assert torch.equal(got.codes, want.codes) and torch.equal(got.absmax, want.absmax) and got.absmax.dtype == torch.float32
 
 
 def bnb_checkpoint(tmp_path: Path, double: bool) -> torch.nn.Module:
@@ -92,6 +111,9 @@ def test_settings_that_contradict_the_checkpoint(tmp_path):
     with pytest.raises(ValueError, match=f"{UP} is NF4, wants it in 16 or 32 bits"):
         load(tmp_path / "nf4", tuner=TunerConfig(tuner_type="lora", quant_bits=4, lora_rank=4, modules_to_save=("up_proj",)))
     text = (tmp_path / "nf4" / "config.json").read_text()
+    (tmp_path / "nf4" / "config.json").write_text(text.replace('"intermediate_size": 128', '"intermediate_size": 96'))
+    with pytest.raises(ValueError, match=rf"{UP} has shape \(128, 64\), wants \(96, 64\)"):
+        load(tmp_path / "nf4")
     (tmp_path / "nf4" / "config.json").write_text(text.replace('"nf4"', '"fp4"'))
     with pytest.raises(ValueError, match=r"quantization_config has .*type fp4, .*; wants bitsandbytes, 4 bits, nf4"):
         load(tmp_path / "nf4")
