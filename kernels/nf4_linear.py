@@ -2,8 +2,8 @@
 
 Equal to `linear(x, nf4_dequantize(w).to(x.dtype), b)` bit for bit, for every number of rows and on every instruction set: it
 is the same kernel (csrc/cpu/linear.inc), whose weight comes from codes. A block's 16 values are scaled and rounded to bf16 once
-and looked up per element; absmax never touches a partial sum. One row of bf16 is decoded in registers; more rows meet each
-decoded panel while it lies in the L1 cache.
+and looked up per element; absmax never touches a partial sum. One or two rows meet the words of a few columns as they are
+decoded; more rows meet each decoded panel while it lies in the L1 cache.
 
 Bytes at M = 1: N K / 2 of codes and N K / blocksize scales read once, 0.53 a weight with blocks of 64 and bf16 scales, against
 2 in bf16. FLOPs: 2 M N K forward, the same for dx.

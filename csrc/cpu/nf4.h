@@ -4,6 +4,7 @@
 //   Nf4Table::make(absmax)    absmax finite, float or bf16; the products are fp32, rounded to nearest even, subnormals kept
 //   nf4_decode<N>(codes, t, out)     N = 32 or 64 elements of one block (N / 2 bytes) as N / width registers, in order
 //   nf4_decode_n<N>(codes, n, t, out)   the first n of them: reads (n + 1) / 2 bytes, the rest are zeros of either sign
+//   Nf4Words<T>::store, widen        the same N elements by way of memory, as operands of Dot<T>
 //
 // Every block begins at a multiple of 32 elements of its row, so groups of 32 never see two tables.
 
