@@ -1,7 +1,7 @@
 """Reads and writes Hugging Face checkpoints: config.json, model.safetensors or model-*-of-*.safetensors with their index.
 
 Files are memory mapped and each parameter reads its own slices only, so a process never holds more than it keeps; a weight
-that is held in NF4 is quantised QUANTISE_ELEMENTS at a time, or taken over exactly where the checkpoint has bitsandbytes' NF4.
+that is held in NF4 is quantised PIECE_ELEMENTS at a time, or taken over exactly where the checkpoint has bitsandbytes' NF4.
 Tied embeddings: lm_head.weight may be absent, or present and equal to the embedding; it is not written.
 """
 
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,7 @@ from swiftk.model.transformer import Linear, Model
 from swiftk.parallel.spec import ParamSpec
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-QUANTISE_ELEMENTS = 1 << 22  # of a weight, read and quantised at a time
+PIECE_ELEMENTS = 1 << 22  # of a tensor, read (and quantised) at a time
 BLOCKSIZE = 64
 NF4_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__nf4")
 FLOATS = ("BF16", "F16", "F32", "F64")  # safetensors' names; the others are codes of something
@@ -62,7 +63,7 @@ def load_checkpoint(model: Model, directory: str | Path, *, started: bool = Fals
 
     def floating(name: str, spec: ParamSpec) -> Any:
         """The tensor in its file, not read yet; None if it is none that the model can take."""
-        part = open_tensors(where[name]).get_slice(name)
+        part = Stored(where[name], name)
         if name in nf4:
             problems.append(f"{name} is NF4, wants it in 16 or 32 bits: the model trains it, or has it outside its blocks")
         elif tuple(part.get_shape()) != spec.shape:
@@ -73,9 +74,14 @@ def load_checkpoint(model: Model, directory: str | Path, *, started: bool = Fals
             return part
         return None
 
-    def slices(name: str, spec: ParamSpec) -> torch.Tensor | None:
+    def pieces(name: str, spec: ParamSpec) -> Iterator[tuple[slice, torch.Tensor]]:
+        """This process's slices, some rows at a time, and where they go in them."""
         part = floating(name, spec)
-        return None if part is None else part[tuple(slice(start, stop) for start, stop in spec.slices)]
+        (first, last), *others = spec.slices
+        rows = max(1, PIECE_ELEMENTS // max(1, math.prod(stop - start for start, stop in others)))
+        for start in range(first, last, rows) if part is not None else ():
+            stop = min(last, start + rows)
+            yield slice(start - first, stop - first), part[(slice(start, stop), *(slice(*other) for other in others))]
 
     def quantised(leaf: Linear, name: str, spec: ParamSpec) -> NF4Tensor | None:
         try:
@@ -109,14 +115,13 @@ def load_checkpoint(model: Model, directory: str | Path, *, started: bool = Fals
                 hint = " (the checkpoint ties it: set tie_word_embeddings)" if name == HEAD else ""
                 problems.append(f"{name} is missing, wants shape {spec.shape}{hint}")
             elif name in parameters:
-                value = slices(source, spec)
-                if value is not None:
-                    parameters[name].copy_(value)
+                for rows, value in pieces(source, spec):
+                    parameters[name][rows].copy_(value)
         if model.config.tie_word_embeddings and HEAD in extra:
             extra.discard(HEAD)
             if EMBEDDING in where:
-                head, embedding = slices(HEAD, specs[EMBEDDING]), slices(EMBEDDING, specs[EMBEDDING])
-                if head is not None and embedding is not None and not torch.equal(head, embedding):
+                pairs = zip(pieces(HEAD, specs[EMBEDDING]), pieces(EMBEDDING, specs[EMBEDDING]), strict=False)
+                if not all(torch.equal(head, embedding) for (_, head), (_, embedding) in pairs):
                     problems.append(f"{HEAD} differs from {EMBEDDING}, wants it equal or absent: config.json ties them")
     problems += [f"{name} is not a parameter of the model, wants it absent" for name in sorted(extra)]
     refuse("load_checkpoint", directory, problems)
@@ -134,7 +139,7 @@ def quantise(part: Any, spec: ParamSpec) -> NF4Tensor:
     """This process's slices of a tensor (in a file) as NF4, some rows at a time: the whole is never in memory. fp16 counts
     as fp32, whose absmax loses nothing."""
     (first, last), (left, right) = spec.slices
-    rows = max(1, QUANTISE_ELEMENTS // max(1, right - left))
+    rows = max(1, PIECE_ELEMENTS // max(1, right - left))
     codes: torch.Tensor | None = None
     for start in range(first, last, rows):
         stop = min(last, start + rows)
@@ -183,8 +188,24 @@ def tensor_files(directory: Path) -> dict[str, Path]:
         ) from None
 
 
+class Stored(NamedTuple):
+    """A tensor in its file. Each piece has a mapping of its own: pages that were read stay resident until theirs goes."""
+
+    path: Path
+    name: str
+
+    def get_shape(self) -> list[int]:
+        return open_tensors(self.path).get_slice(self.name).get_shape()
+
+    def get_dtype(self) -> str:
+        return open_tensors(self.path).get_slice(self.name).get_dtype()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return open_tensors(self.path).get_slice(self.name)[index]
+
+
 def open_tensors(path: Path) -> Any:
-    """The file, memory mapped. Opened for each tensor anew: pages that were read stay resident until the mapping goes."""
+    """The file, memory mapped."""
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:

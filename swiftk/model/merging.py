@@ -38,8 +38,8 @@ from swiftk.model.checkpoint import (
     FLOATS,
     INDEX,
     SINGLE,
+    Stored,
     load_checkpoint,
-    open_tensors,
     quantise,
     refuse,
     stored_nf4,
@@ -200,7 +200,7 @@ def _part(where: dict[str, Path], name: str) -> Any:
         name = HEAD
     if f"{name}.absmax" in where:
         return _StoredNF4(where, name)
-    return open_tensors(where[name]).get_slice(name)
+    return Stored(where[name], name)
 
 
 class _StoredNF4:

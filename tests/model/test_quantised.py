@@ -41,7 +41,7 @@ def test_loading_quantises_each_linear_of_the_blocks(rows, tmp_path, monkeypatch
     """In pieces of any size, with the result of the whole; embeddings, norms, biases and the head stay."""
     theirs = make_theirs("llama-bias-yarn", torch.bfloat16)
     theirs.save_pretrained(tmp_path)
-    monkeypatch.setattr(checkpoint, "QUANTISE_ELEMENTS", 48 * rows)
+    monkeypatch.setattr(checkpoint, "PIECE_ELEMENTS", 48 * rows)
     model = load(tmp_path, torch.bfloat16)
     tensors = load_file(tmp_path / "model.safetensors")
     kept = dict(model.named_parameters())
@@ -57,7 +57,7 @@ def test_loading_quantises_each_linear_of_the_blocks(rows, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_rank_quantises_its_part_only(dim, monkeypatch):
-    monkeypatch.setattr(checkpoint, "QUANTISE_ELEMENTS", 3 * 256)
+    monkeypatch.setattr(checkpoint, "PIECE_ELEMENTS", 3 * 256)
     value = torch.randn(20, 256)
     for rank in range(2):
         spec = ParamSpec.split("w", value.shape, dim, rank, 2)
@@ -140,7 +140,7 @@ def test_other_kinds_of_quantisation(given, message):
 
 def test_weights_that_cannot_be_quantised_are_named(tmp_path, monkeypatch):
     make_theirs("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr(checkpoint, "QUANTISE_ELEMENTS", 32 * 7)  # rows at a time: the weight's own is named
+    monkeypatch.setattr(checkpoint, "PIECE_ELEMENTS", 32 * 7)  # rows at a time: the weight's own is named
     edit(tmp_path, lambda t: (t[UP].__setitem__((40, 31), float("nan")), t.pop("model.layers.0.self_attn.o_proj.weight")))
     with pytest.raises(ValueError) as error:
         load(tmp_path)
@@ -176,13 +176,14 @@ print(held, status("VmHWM") - before)
 
 
 def test_peak_memory_of_loading_is_that_of_the_quantised_weights(tmp_path):
-    """Real resident memory, page cache of the mapped file included: within 24 MiB of what stays, for 192 MiB of weights."""
-    shape = dict(vocab_size=64, num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64)
-    for name, hidden, inner, layers in (("small", 64, 64, 1), ("large", 1024, 4096, 6)):
+    """Real resident memory, page cache of the mapped file included: within 28 MiB of what stays, for 192 MiB of weights that
+    are quantised and an embedding of 98 that is not."""
+    shape = dict(num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=64, tie_word_embeddings=True)
+    for name, hidden, inner, layers, vocab in (("small", 64, 64, 1, 64), ("large", 1024, 4096, 6, 50_000)):
         config = ModelConfig("llama", hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-                             head_dim=hidden // 8, **shape)  # fmt: skip
+                             head_dim=hidden // 8, vocab_size=vocab, **shape)  # fmt: skip
         specs = Model(config, Mesh.single(), seed=None).specs
-        some = torch.randn(1 << 22).bfloat16()
+        some = torch.randn(1 << 22).repeat(13).bfloat16()
         tensors = {n: some[: torch.Size(s.shape).numel()].view(s.shape).clone() for n, s in specs.items()}
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
@@ -190,4 +191,4 @@ def test_peak_memory_of_loading_is_that_of_the_quantised_weights(tmp_path):
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "small"), str(tmp_path / "large")]
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     held, peak = map(float, out.stdout.split())
-    assert 50 < held < 60 and peak < held + 24, (held, peak)
+    assert 150 < held < 160 and peak < held + 28, (held, peak)
