@@ -414,6 +414,8 @@ def from_adapters(values: dict[str, Any], warnings: list[str]) -> None:
             missing = f"the base of {directory}, {saved.get('model')}, is not there"
             raise ArgumentError(f"adapters: {missing}; wants --model <directory>")
         values["model"] = found
+    elif base and Path(base).name != Path(values["model"]).absolute().name:
+        warnings.append(f"careful: {directory} names {base} as its base, and goes on over {values['model']}")
     for name in FIELDS:
         here, there = values.setdefault(name, getattr(tuner, name)), getattr(tuner, name)
         if name == "lora_dropout" or here == there:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
@@ -46,9 +47,12 @@ def main(argv: list[str]) -> int:
                         help="compare with the unmerged model; holds the whole model in fp32 (default: true)")  # fmt: skip
     args = parser.parse_args(argv)
     try:
-        base = args.model or read_adapter_config(args.adapters)[1]
+        named = read_adapter_config(args.adapters)[1]
+        base = args.model or named
         if not base:
             raise ValueError(f"merge: {args.adapters} names no base, wants --model BASE")
+        if named and Path(named).name != Path(base).absolute().name:
+            print(f"careful: {args.adapters} names {named} as its base, and is merged onto {base}", flush=True)
         if advice := careful(base, args.adapters, args.base):
             print(advice, flush=True)
         merged = merge_adapter(

@@ -412,6 +412,7 @@ def closing_words(t: Training, commands: Commands) -> None:
     if not t.model.tuning.lora and t.config.model_config and t.optim.learning_rate:  # trained for minutes: the default, for
         source += f" --tuner_type full --learning_rate {t.optim.learning_rate:g}"  # checkpoints, hardly moves it
     say(f"  {commands.train} {source} --dataset yours.jsonl --split_dataset_ratio 0.05")
-    say("look at the curves:")
-    say(f"  {commands.tensorboard} --logdir {shlex.quote(str(t.run_dir / 'runs'))}")
+    if "tensorboard" in t.config.report_to:
+        say("look at the curves:")
+        say(f"  {commands.tensorboard} --logdir {shlex.quote(str(t.run_dir / 'runs'))}")
     say("see which tokens are trained: add --preview 2; all keys: add --help")

@@ -12,8 +12,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -188,7 +189,8 @@ def tensor_files(directory: Path) -> dict[str, Path]:
         ) from None
 
 
-class Stored(NamedTuple):
+@dataclass(frozen=True)
+class Stored:
     """A tensor in its file. Each piece has a mapping of its own: pages that were read stay resident until theirs goes."""
 
     path: Path
@@ -213,7 +215,7 @@ def open_tensors(path: Path) -> Any:
     except SafetensorError as error:
         size = path.stat().st_size
         raise ValueError(
-            f"load_checkpoint: {path} is truncated or not a safetensors file ({size:,} bytes; {error}); download it again"
+            f"load_checkpoint: {path} is truncated or not a safetensors file ({size:,} bytes; {error}); take another copy of it"
         ) from None
 
 

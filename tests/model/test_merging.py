@@ -164,6 +164,8 @@ def test_the_command_says_what_an_adapter_was_trained_over(tmp_path, capsys):
 
     assert "careful: the adapter was trained over NF4 and is merged onto the source" in said("one", quant_bits=4)
     assert "careful" not in said("two", quant_bits=None) + said("three", "--base", "nf4", quant_bits=4)
+    (tmp_path / "other").symlink_to(tmp_path / "base")
+    assert "as its base, and is merged onto" in said("elsewhere", "--model", str(tmp_path / "other"), quant_bits=None)
     for name, base in (("four", []), ("five", ["--base", "nf4"])):
         text = said(name, *base, quant_bits=4, init_weights="pissa_niter_4")
         assert "careful: the adapter was trained by PiSSA over NF4, of weights that no --base has" in text

@@ -274,7 +274,11 @@ def test_adapters_stand_on_their_own_base_from_anywhere(base, tmp_path, monkeypa
     toy.launch(arguments(base, tmp_path, max_steps=1, save_steps=0) | {"model": "model"})
     monkeypatch.chdir(tmp_path / "there")
     found = parse(["--adapters", str(last_of(tmp_path)), "--dataset", "rows.jsonl"], preset="")
-    assert Path(found.run.model).resolve() == base.resolve()
+    assert Path(found.run.model).resolve() == base.resolve() and not found.warnings
+    (tmp_path / "other").symlink_to(base)
+    argv = ["--adapters", str(last_of(tmp_path)), "--dataset", "rows.jsonl"]
+    moved = parse([*argv, "--model", str(tmp_path / "other")], preset="")
+    assert "as its base, and goes on over" in moved.warnings[0]
 
 
 def test_adapters_without_their_base_are_refused(base, tmp_path, capsys):
