@@ -227,7 +227,8 @@ def test_going_on_from_an_adapter_names_nothing_twice(base, tmp_path, capsys):
             if not (other / file.name).exists():
                 os.symlink(file, other / file.name)
         assert main(toy.argv({**more, "model": str(other)})) == 1
-        (line, *_) = capsys.readouterr().err.strip().splitlines()
+        careful, line, *_ = capsys.readouterr().err.strip().splitlines()
+        assert careful.endswith(f"names {base} as its base, and goes on over {other}")
         assert line.startswith(f"swiftk.train: load_adapter: {first} does not fit the model: ") and "has shape" in line
     finally:
         torch.set_num_threads(threads)

@@ -105,9 +105,11 @@ def test_what_is_printed(tmp_path, capsys):
 
 
 def test_paths_that_are_printed_can_be_pasted(tmp_path, capsys):
-    toy.launch(toy.arguments(tmp_path, max_steps=1, output_dir=str(tmp_path / "my out")))
+    toy.launch(toy.arguments(tmp_path, max_steps=1, output_dir=str(tmp_path / "my out"), report_to=("tensorboard",)))
     text = capsys.readouterr().out
     assert f"--model '{tmp_path}/my out/" in text and f"--logdir '{tmp_path}/my out/" in text
+    toy.launch(toy.arguments(tmp_path, max_steps=1, output_dir=str(tmp_path / "other")))
+    assert "--logdir" not in capsys.readouterr().out
 
 
 def test_a_completion_of_empty_lines_is_short():
