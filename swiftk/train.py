@@ -29,6 +29,7 @@ from swiftk.parallel.mesh import Mesh
 from swiftk.parallel.watchdog import Watchdog
 from swiftk.trainer.checkpoint import CheckpointError
 from swiftk.trainer.loop import NonFiniteError
+from swiftk.trainer.metrics import give_back_large_blocks
 from swiftk.trainer.run import Commands, isa_path, run
 from swiftk.trainer.stop import StopFlag
 from swiftk.trainer.trained import UntrainedError
@@ -125,6 +126,7 @@ def main(argv: list[str]) -> int:
     if "OMP_NUM_THREADS" not in os.environ or local_size > 1:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
+    give_back_large_blocks()
     stop = StopFlag()
     try:
         mesh, watchdog = connect(arguments, rank, world_size)
