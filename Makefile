@@ -55,7 +55,7 @@ clean:
 	@touch $@
 
 .venv/.train: .venv/.torch pyproject.toml setup.py
-	@echo "Installing the trainer's packages and building the kernels: up to three minutes"
+	@echo "Installing the trainer's packages and building the kernels: about five minutes on two cores"
 	$(PIP) --no-build-isolation -e ".[train]"
 	@touch $@
 

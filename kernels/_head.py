@@ -25,13 +25,11 @@ from swiftk.kernels.lora_linear import (
     adapted_norm,
     base_product,
     check_lora,
-    plain_absmax,
     rank_gram,
     rank_update,
     scales_of,
-    take_rows,
 )
-from swiftk.kernels.nf4 import NF4Tensor, check_nf4, nf4_dequantize_out
+from swiftk.kernels.nf4 import NF4Tensor, check_nf4, nf4_dequantize_out, plain_absmax, take_rows
 
 STEP = 2048  # columns per step of the running log-sum-exp, kStep in csrc/cpu/vocab_stats.inc
 BUFFER_BYTES = 32 << 20  # of logits: 4096 rows x one step in fp32; of a converted weight too

@@ -36,7 +36,7 @@ from swiftk.kernels._checks import check_floating, check_isa, check_shape, refus
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
 from swiftk.kernels.dropout import Dropout, check_dropout, dropout_keys, dropout_out, dropout_ref
 from swiftk.kernels.linear import as_matrix, linear_out, matmul_dtype, with_rows
-from swiftk.kernels.nf4 import NF4Tensor, check_nf4, nf4_dequantize, nf4_dequantize_ref
+from swiftk.kernels.nf4 import NF4Tensor, check_nf4, nf4_dequantize, nf4_dequantize_ref, plain_absmax, take_rows
 from swiftk.kernels.nf4_linear import matmul_weight, nf4_linear_out
 
 ALIGN = 32  # columns of one of several adapters: a multiple of every Dot<T>::step, so lanes do not depend on the others
@@ -68,17 +68,6 @@ def row_norm_sq(weight: torch.Tensor | NF4Tensor, dtype: torch.dtype | None = No
         rows = nf4_dequantize(take_rows(weight, slice(n, n + NORM_ROWS)))
         norms[n : n + NORM_ROWS] = torch.linalg.vector_norm(rows, dim=1, dtype=norms.dtype).square()
     return norms
-
-
-def plain_absmax(w: NF4Tensor) -> NF4Tensor:
-    return w if w.nested is None else w._replace(absmax=w.absmax_fp32(), nested=None)
-
-
-def take_rows(weight, rows: slice | torch.Tensor):
-    """Rows of a weight; NF4 not nested."""
-    if isinstance(weight, NF4Tensor):
-        return weight._replace(codes=weight.codes[rows], absmax=weight.absmax[rows])
-    return weight[rows]
 
 
 # --- reference ---------------------------------------------------------------------------------------------------

@@ -89,6 +89,18 @@ class NF4Tensor(NamedTuple):
         return code_map[self.absmax.int()] * scale + offset
 
 
+def plain_absmax(w: NF4Tensor) -> NF4Tensor:
+    """With its absmax decoded, where that is nested."""
+    return w if w.nested is None else w._replace(absmax=w.absmax_fp32(), nested=None)
+
+
+def take_rows(weight, rows: slice | torch.Tensor):
+    """Rows of a weight, plain or NF4 (not nested)."""
+    if isinstance(weight, NF4Tensor):
+        return weight._replace(codes=weight.codes[rows], absmax=weight.absmax[rows])
+    return weight[rows]
+
+
 # --- reference ---------------------------------------------------------------------------------------------------
 
 

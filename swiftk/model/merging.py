@@ -32,7 +32,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from swiftk.config import TunerConfig
-from swiftk.kernels.nf4 import NF4Tensor, nf4_dequantize
+from swiftk.kernels.nf4 import NF4Tensor, nf4_dequantize, plain_absmax, take_rows
 from swiftk.model.adapter import EMBED, LM_HEAD, Tuning, is_adapter, linear_shapes, resolve
 from swiftk.model.checkpoint import (
     FLOATS,
@@ -211,8 +211,7 @@ class _StoredNF4:
 
     @functools.cached_property
     def weight(self) -> NF4Tensor:
-        weight = stored_nf4(self.where, self.name)
-        return NF4Tensor(weight.codes, weight.absmax_fp32(), weight.in_features, weight.blocksize)
+        return plain_absmax(stored_nf4(self.where, self.name))
 
     def get_shape(self) -> tuple[int, ...]:
         return tuple(self.weight.shape)
@@ -221,7 +220,7 @@ class _StoredNF4:
         return "BF16"
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
-        return nf4_dequantize(NF4Tensor(self.weight.codes[rows], self.weight.absmax[rows], *self.weight[2:]))
+        return nf4_dequantize(take_rows(self.weight, rows))
 
 
 def _source(job: _Job, name: str) -> Any:
@@ -266,7 +265,7 @@ def _merge(job: _Job, name: str, dtype: torch.dtype, file: BinaryIO) -> Layer | 
     for start in range(0, shape[0], step):
         rows = slice(start, min(shape[0], start + step))
         source = part[rows].to(acc)
-        decoded = None if nf4 is None else nf4_dequantize(NF4Tensor(nf4.codes[rows], nf4.absmax[rows], *nf4[2:])).to(acc)
+        decoded = None if nf4 is None else nf4_dequantize(take_rows(nf4, rows)).to(acc)
         weight = decoded if job.onto == "nf4" and decoded is not None else source
         merged = job.values[name][rows].to(acc) if name in job.values else _plus_adapter(job, module, kind, weight, rows)
         rounded = merged.to(dtype)

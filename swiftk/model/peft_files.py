@@ -91,13 +91,11 @@ def run_arguments(directory: str | Path) -> dict[str, Any] | None:
     """The arguments of the run that wrote the adapter, from the args.json beside it; None where there is none (PEFT's own)."""
     path = Path(directory) / "args.json"
     try:
-        found = json.loads(path.read_text())["arguments"]
-        assert isinstance(found, dict)
+        return dict(json.loads(path.read_text())["arguments"])
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # ValueError: no JSON, no UTF-8, no mapping
         raise ValueError(f"adapters: {path} is damaged ({error!r}); give --model and remove it") from error
-    return found
 
 
 def _raw(path: Path) -> dict[str, Any]:
