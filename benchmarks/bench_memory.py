@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from swiftk.allocator import give_back_large_blocks
 from swiftk.benchmarks.bench_train import FEW, Save, step_dtype
 from swiftk.benchmarks.harness import Options, peak_extra_mib, peak_resident_mib
 from swiftk.benchmarks.step import (
@@ -34,7 +35,6 @@ from swiftk.benchmarks.step import (
 from swiftk.kernels._head import BUFFER_BYTES
 from swiftk.model import ModelConfig
 from swiftk.model.transformer import RECOMPUTE
-from swiftk.trainer.metrics import give_back_large_blocks
 
 GOAL = 1.15  # of the sum
 QWEN3_600M = ModelConfig(

@@ -119,17 +119,6 @@ class Limits:
         return dict(self._cache)
 
 
-def keep_freed_memory() -> None:
-    """Large results come from memory that the process has already touched, for ours and for peers: by default glibc maps them
-    anew on every call, and the page faults are most of a bandwidth-bound op's time and nearly all of its spread."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError):
-        return  # not glibc
-
-
 def _seconds(f: Callable[[], Any], device: str) -> float:
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

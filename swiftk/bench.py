@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from swiftk.allocator import keep_freed_memory
 from swiftk.benchmarks import gpu, report
-from swiftk.benchmarks.harness import Limits, Options, as_json, environment, keep_freed_memory, machine_name, measure
+from swiftk.benchmarks.harness import Limits, Options, as_json, environment, machine_name, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

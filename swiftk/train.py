@@ -22,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one tokenizer thread
 import torch
 import torch.distributed as dist
 
+from swiftk.allocator import give_back_large_blocks
 from swiftk.arguments import Arguments, help_text, parse
 from swiftk.parallel import comm as communication
 from swiftk.parallel.comm import DistComm
@@ -29,7 +30,6 @@ from swiftk.parallel.mesh import Mesh
 from swiftk.parallel.watchdog import Watchdog
 from swiftk.trainer.checkpoint import CheckpointError
 from swiftk.trainer.loop import NonFiniteError
-from swiftk.trainer.metrics import give_back_large_blocks
 from swiftk.trainer.run import Commands, isa_path, run
 from swiftk.trainer.stop import StopFlag
 from swiftk.trainer.trained import UntrainedError

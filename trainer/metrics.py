@@ -11,7 +11,6 @@ product at the start, all ranks at once.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import resource
@@ -87,16 +86,6 @@ def measure_peak(dtype: torch.dtype, comm: Comm, size: int = 768) -> float:
         torch.mm(a, b)
         best = min(best, time.perf_counter() - start)
     return float(comm.all_reduce_(torch.tensor([2 * size**3 / best], dtype=torch.float64))[0])
-
-
-def give_back_large_blocks() -> None:
-    """Tensors of 16 MiB and more are mapped and unmapped one by one. glibc otherwise raises that bound to 32 MiB as it sees
-    them freed, and keeps them in a heap whose gaps grow with the step (QLoRA of 0.6B, 4096 tokens: a peak of 2863 MiB against
-    1957). Smaller ones stay in the heap, where no page is touched anew."""
-    try:
-        ctypes.CDLL(None).mallopt(-3, 16 << 20)  # M_MMAP_THRESHOLD
-    except (OSError, AttributeError):
-        return  # not glibc
 
 
 def peak_memory_gib() -> float:

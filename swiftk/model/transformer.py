@@ -45,8 +45,8 @@ from swiftk.kernels.swiglu import swiglu
 from swiftk.model.adapter import LM_HEAD, Tuning, is_adapter, resolve
 from swiftk.model.config import ModelConfig
 from swiftk.model.freezing import frozen
-from swiftk.model.parameters import initial_value, param_specs, random_start
-from swiftk.model.pissa import ELEMENTS, OVERSAMPLING, principal
+from swiftk.model.parameters import initial_value, param_specs
+from swiftk.model.pissa import start_of, take_out_
 from swiftk.parallel.comm import Comm
 from swiftk.parallel.mesh import Mesh
 
@@ -190,25 +190,12 @@ class Linear(_Leaf):
             return weight
         left = weight.to(torch.promote_types(weight.dtype, self.start_A.dtype), copy=True)
         if not started:
-            finite = torch.linalg.vector_norm(left, ord=torch.inf, dim=1).isfinite()  # all(isfinite) would copy the weight
-            if not finite.all():
-                row = int((~finite).nonzero()[0])
-                raise ValueError(f"init_weights: {self.name}.weight has NaN or infinity in row {row}, wants a finite weight")
-            pair = None
-            if self.comm.rank == 0:
-                width = min(self.rank + OVERSAMPLING, *left.shape)
-                start = None if self.iterations is None else random_start(self.name, self.seed, width, left.shape[1])
-                pair = principal(left, self.rank, self.scale, start, self.iterations or 0)
-            pair = self.comm.broadcast_object(pair)
-            self.start_A.copy_(pair[0])
-            self.start_B.copy_(pair[1])
+            a, b = start_of(left, self.name, self.rank, self.scale, self.iterations, self.seed, self.comm)
+            self.start_A.copy_(a)
+            self.start_B.copy_(b)
         self.lora_A.copy_(self.start_A)
         self.lora_B.copy_(self.start_B)
-        a, b = self.start_A.to(left.dtype).t().contiguous(), self.start_B.to(left.dtype)
-        step = max(1, ELEMENTS // left.shape[1])
-        for first in range(0, len(left), step):  # a row's product is the same in any piece, and on any number of threads
-            rows = slice(first, first + step)
-            left[rows] -= self.scale * self.ops.linear(b[rows], a)
+        take_out_(left, self.start_A, self.start_B, self.scale, self.ops.linear)
         return left.to(weight.dtype)
 
     @property
