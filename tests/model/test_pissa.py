@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import swiftk.model.pissa as pissa_of
 from swiftk.kernels.nf4 import nf4_dequantize, nf4_quantize
-from swiftk.model import Model, ModelConfig, load_adapter, load_checkpoint, read_adapter_config, save_adapter, transformer
+from swiftk.model import Model, ModelConfig, load_adapter, load_checkpoint, read_adapter_config, save_adapter
 from swiftk.model.adapter import resolve
 from swiftk.model.merging import merge_adapter
 from swiftk.model.parameters import random_start
@@ -134,7 +135,7 @@ def test_nf4_holds_what_it_leaves(dtype, tmp_path, monkeypatch):
         both = nf4_dequantize(leaf.base).double() + product
         assert (both - weight).norm() < 0.95 * (nf4_dequantize(nf4_quantize(weight)).double() - weight).norm(), name
     with monkeypatch.context() as resumed:  # as a run that goes on makes it: without a second SVD
-        resumed.setattr(transformer, "principal", None)
+        resumed.setattr(pissa_of, "principal", None)
         again = load(start=model.pissa_start())
     for name, t in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
         assert torch.equal(t, dict([*again.named_parameters(), *again.named_buffers()])[name]), name
@@ -144,7 +145,7 @@ def test_nf4_holds_what_it_leaves(dtype, tmp_path, monkeypatch):
 
 def test_one_rank_decomposes_for_all(monkeypatch):
     calls = []
-    monkeypatch.setattr(transformer, "principal", lambda *args: (calls.append(1), principal(*args))[1])
+    monkeypatch.setattr(pissa_of, "principal", lambda *args: (calls.append(1), principal(*args))[1])
     made = {}
 
     def rank(comm):

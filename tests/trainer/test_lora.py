@@ -132,7 +132,7 @@ def test_pissa_goes_on_from_where_it_started(base, tmp_path, monkeypatch, capsys
     assert "dropout 0.05, PiSSA; " in text
     toy.launch({**parts, "max_steps": 3})
     with monkeypatch.context() as resumed:
-        resumed.setattr("swiftk.model.transformer.principal", None)
+        resumed.setattr("swiftk.model.pissa.principal", None)
         toy.launch({**parts, "resume_from_checkpoint": "auto"})
     a, b = last_of(tmp_path / "whole"), last_of(tmp_path / "parts")
     assert_equal_runs(a, b)
