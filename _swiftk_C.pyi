@@ -2,6 +2,14 @@
 
 __version__: str
 
+class Tape:
+    """Records the calls of this thread between start and stop that csrc binds with `define`; run makes them again."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+    def run(self) -> None: ...
+    def __len__(self) -> int: ...
+
 def best_isa() -> str: ...
 def resolve_isa(name: str) -> None: ...
 def read_memory(data: int, bytes: int, threads: int) -> int: ...
@@ -21,6 +29,7 @@ def dropout_fwd(
     dtype: int, x: int, ldx: int, y: int, ldy: int, rows: int, cols: int, scale: float, threshold: int, seed_step: int,
     layer: int, token_index: int, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
+def keep_own(dtype: int, s: int, lds: int, rows: int, adapters: int, columns: int, ids: int) -> None: ...
 def rank_gram(
     dtype: int, p: int, ldp: int, rank: int, q: int, ldq: int, rows: int, cols: int, out: int, threshold: int, seed_step: int,
     layer: int, token_index: int, threads: int, isa: str,
@@ -49,7 +58,7 @@ def nf4_dequantize(
     dtype: int, out: int, ld_out: int, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
 def rms_norm_fwd(
-    dtype: int, x: int, w: int, y: int, rstd: int, rows: int, cols: int, eps: float, threads: int, isa: str,
+    dtype: int, x: int, residual: int, w: int, y: int, rstd: int, rows: int, cols: int, eps: float, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
 def rms_norm_bwd(
     dtype: int, dy: int, x: int, w: int, rstd: int, dx: int, dw: int, dw_blocks: int, rows: int, cols: int, threads: int,

@@ -35,7 +35,7 @@ import torch
 from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
 from swiftk.kernels.dropout import Dropout, check_dropout, dropout_keys, dropout_out, dropout_ref
-from swiftk.kernels.linear import as_matrix, linear_out, matmul_dtype, with_rows
+from swiftk.kernels.linear import as_matrix, linear_out, matmul_dtype, row_args, with_rows
 from swiftk.kernels.nf4 import NF4Tensor, check_nf4, nf4_dequantize, nf4_dequantize_ref, plain_absmax, take_rows
 from swiftk.kernels.nf4_linear import matmul_weight, nf4_linear_out
 
@@ -188,10 +188,10 @@ def _flat(a: torch.Tensor, b: torch.Tensor, scales: Sequence[float], dtype: torc
     return a.flatten(0, 1).contiguous(), b.transpose(0, 1).flatten(1).contiguous(), s
 
 
-def _keep_own(s: torch.Tensor, segment_ids: torch.Tensor, adapters: int) -> None:
-    """Zero in the columns of other adapters than the row's own; s (M, R) of a stack, -1 keeps none."""
-    own = segment_ids[:, None] == torch.arange(adapters, dtype=segment_ids.dtype)
-    s.view(len(s), adapters, s.shape[1] // adapters).masked_fill_(~own[..., None], 0)
+def keep_own(s: torch.Tensor, segment_ids: torch.Tensor, adapters: int) -> None:
+    """Zero in the columns of other adapters than the row's own; s (M, R) of a stack; int64 ids, -1 keeps none."""
+    columns = s.shape[1] // adapters
+    native().keep_own(DTYPE_CODES[s.dtype], *row_args(s), len(s), adapters, columns, segment_ids.data_ptr())
 
 
 def _check_values(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], segment_ids: torch.Tensor | None, dtype) -> None:
@@ -266,7 +266,7 @@ def _lora_linear_fwd_cpu(
     ys, unbiased, norms = [], [], []
     for i, (weight, (A, B, scale)) in enumerate(zip(_weights(weights, absmax, blocksizes, K), flat, strict=True)):
         if a[i].dim() == 3:
-            _keep_own(s[:, columns[i]], segment_ids, a[i].shape[0])
+            keep_own(s[:, columns[i]], segment_ids.to(torch.int64).contiguous(), a[i].shape[0])
         bias = biases[i].contiguous() if biases and len(biases[i]) else None
         ys.append(x.new_empty(*x.shape[:-1], len(B)))  # not a view, which autograd would not let be changed in place
         y, gain = ys[-1].view(M, len(B)), None
@@ -338,7 +338,7 @@ def _lora_linear_bwd_cpu(
         bt = (B if gain is None else B * gain[:, None]).t().to(dtype).contiguous()  # (R, N)
         base_product(dys[i], bt, None, ds[:, columns[i]], isa, scale=scale * (65536 / (65536 - mask.threshold)))
         if a[i].dim() == 3:
-            _keep_own(ds[:, columns[i]], segment_ids, a[i].shape[0])
+            keep_own(ds[:, columns[i]], segment_ids.to(torch.int64).contiguous(), a[i].shape[0])
         if needs_adapters:
             own, grad = s[:, columns[i]], dys[i].new_empty(bt.shape, dtype=acc)  # S, dB^T
             rank_gram(own.to(acc), dys[i], Mask(0, None, 0, None), grad, isa)

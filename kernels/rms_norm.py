@@ -31,12 +31,15 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> to
 
 
 def rms_norm_out(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, rstd: torch.Tensor, isa: str = "auto"
-) -> None:
-    """Writes y and rstd; no checks, no autograd. x, y (rows, H) contiguous, weight (H,), rstd (rows,)."""
+    x: torch.Tensor, weight: torch.Tensor, eps: float, y: torch.Tensor, rstd: torch.Tensor, isa: str = "auto", *,
+    residual: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes y and rstd; no checks, no autograd. x, y (rows, H) contiguous, weight (H,), rstd (rows,); y may be x itself.
+    With a residual (rows, H), x += residual first, in place and rounded, as torch's sum of the two is."""
     rows, cols = x.shape
     native().rms_norm_fwd(
-        DTYPE_CODES[x.dtype], x.data_ptr(), weight.data_ptr(), y.data_ptr(), rstd.data_ptr(), rows, cols, eps,
+        DTYPE_CODES[x.dtype], x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(), y.data_ptr(),
+        rstd.data_ptr(), rows, cols, eps,
         threads(rows * cols), isa,
     )  # fmt: skip
 

@@ -115,6 +115,7 @@ def test_twins():
 
 
 def test_the_stub_names_what_the_compiled_module_has():
-    stub = {node.name for node in ast.parse((ROOT / "_swiftk_C.pyi").read_text()).body if isinstance(node, ast.FunctionDef)}
+    found = ast.parse((ROOT / "_swiftk_C.pyi").read_text()).body
+    stub = {node.name for node in found if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     module = {name for name in dir(native()) if not name.startswith("_")}
     assert stub == module

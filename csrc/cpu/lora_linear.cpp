@@ -1,11 +1,20 @@
 #define SWIFTK_BODY "cpu/lora_linear.inc"
 #include "cpu/for_each_isa.h"
 
-#include "bindings.h"
+#include "tape.h"
 
 namespace swiftk {
 
 void bind_lora_linear(py::module_& m) {
+  // Zero in the columns of other adapters than the row's own, ids[row]; -1 keeps none.
+  define(m, "keep_own", [](int dtype, uintptr_t s, int64_t lds, int64_t rows, int64_t adapters, int64_t columns, uintptr_t ids) {
+    dispatch_dtype(dtype, [&](auto t) {
+      auto* row = pointer<decltype(t)>(s);
+      for (int64_t i = 0; i < rows; ++i, row += lds)
+        for (int64_t e = 0; e < adapters; ++e)
+          if (e != pointer<int64_t>(ids)[i]) std::fill(row + e * columns, row + (e + 1) * columns, decltype(t)());
+    });
+  });
   m.def(
       "rank_gram",
       [](int dtype, uintptr_t p, int64_t ldp, int64_t rank, uintptr_t q, int64_t ldq, int64_t rows, int64_t cols, uintptr_t out, int threshold,

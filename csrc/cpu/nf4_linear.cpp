@@ -7,13 +7,13 @@
 #define SWIFTK_BODY "cpu/linear.inc"
 #include "cpu/for_each_isa.h"
 
-#include "bindings.h"
+#include "tape.h"
 
 namespace swiftk {
 
 void bind_nf4_linear(py::module_& m) {
-  m.def(
-      "nf4_linear_fwd",
+  define(
+      m, "nf4_linear_fwd",
       [](int dtype, bool acc_out, const Rows& x, const Rows& codes, const Rows& absmax, bool wide_absmax, int64_t blocksize,
          const Rows& s, const Rows& t, uintptr_t scale, uintptr_t bias, const Rows& y, int64_t M, int64_t N, int64_t K, int64_t J,
          int threads, const std::string& isa) {
@@ -24,8 +24,7 @@ void bind_nf4_linear(py::module_& m) {
                                std::get<1>(absmax), wide_absmax, shift};
         with_linear_call(dtype, acc_out, x, s, t, scale, bias, y, M, N, K, J, threads,
                          [&](const auto& call) { SWIFTK_DISPATCH(path, linear_fwd(call, weight)); });
-      },
-      py::call_guard<py::gil_scoped_release>());
+      });
 }
 
 }  // namespace swiftk

@@ -1,7 +1,7 @@
 #define SWIFTK_BODY "cpu/rope.inc"
 #include "cpu/for_each_isa.h"
 
-#include "bindings.h"
+#include "tape.h"
 
 namespace swiftk {
 
@@ -26,8 +26,8 @@ template <class P> int64_t first_outside(const P* positions, int64_t tokens, int
 
 void bind_rope(py::module_& m) {
   // Returns the first token whose position is outside of the table, before anything is written, or -1.
-  m.def(
-      "rope",
+  define(
+      m, "rope",
       [](int dtype, uintptr_t x, int64_t token_stride, int64_t head_stride, uintptr_t cos, uintptr_t sin, int64_t table_rows,
          uintptr_t positions, bool wide_positions, uintptr_t y, int64_t tokens, int64_t heads, int64_t head_dim, int64_t half,
          bool inverse, int threads, const std::string& isa) {
@@ -47,8 +47,7 @@ void bind_rope(py::module_& m) {
         if (wide_positions) turn(pointer<int64_t>(positions));
         else turn(pointer<int32_t>(positions));
         return outside;
-      },
-      py::call_guard<py::gil_scoped_release>());
+      }, int64_t(-1));
   m.def(
       "rope_table",
       [](int dtype, uintptr_t inv_freq, int64_t rows, int64_t half, double scale, uintptr_t cos, uintptr_t sin, int threads) {
