@@ -81,7 +81,7 @@ class NinjaBuild(build_ext):
 
 setup(
     packages=[
-        "swiftk", "swiftk.model", "swiftk.testing",
+        "swiftk", "swiftk.decoder", "swiftk.model", "swiftk.testing",
         "swiftk.kernels", "swiftk.kernels.attention", "swiftk.parallel", "swiftk.trainer",
         "swiftk.benchmarks", "swiftk.benchmarks.kernels",
     ],
