@@ -1,0 +1,135 @@
+"""Tokens to text as they come: never half a character, and no more held back than must be.
+
+A token may end inside a character (bytes of a byte-level or byte-fallback vocabulary), so text is *final* once no later
+token can change it. Only the tail of the tokens is decoded again, so a token costs the same at the start and after 100,000.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character (yet)
+CONTEXT = 8  # tokens kept before new ones: decoders treat the first token of a text differently (its leading space)
+
+
+@functools.lru_cache(maxsize=8)
+def _special_and_byte_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[frozenset[int], frozenset[int]]:
+    special = frozenset(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocab = tokenizer.get_vocab()
+    return special, frozenset(vocab[name] for name in names if name in vocab)
+
+
+class Detokenizer:
+    """The text of one sequence of tokens. All pushes and the flush, joined, are what the tokenizer decodes from all tokens.
+
+    That is `tokenizer.decode(ids, skip_special_tokens=..., clean_up_tokenization_spaces=False)`: the clean-up would take out
+    spaces that the model has written. Of a byte-level vocabulary at most one unfinished character is held back; of one with
+    byte-fallback tokens (<0xE2>) a run of them until it ends, since one wrong byte makes the whole run invalid.
+
+    Args:
+        tokenizer: of transformers.
+        skip_special_tokens: leaves out the special tokens, as `decode` does.
+        context: tokens before the first one, the prompt's last ones say: they decide about its leading space, and whether it
+            completes a character. Their text is not returned. Empty: the text is decoded by itself.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True, *, context: Sequence[int] = ()
+    ) -> None:
+        self._tokenizer = tokenizer
+        special, self._bytes = _special_and_byte_tokens(tokenizer)
+        self._skipped: frozenset[int] = special if skip_special_tokens else frozenset()
+        context = self._with_text(context)
+        start = max(0, len(context) - CONTEXT)
+        while start > 0 and context[start] in self._bytes:  # a run of bytes is decoded as a whole
+            start -= 1
+        self._window = context[start:]
+        text = self._decode(self._window)
+        self._completes = 0  # where the context ends in half a character: its place, which is output if the output completes it
+        if self._window and self._window[-1] in self._bytes:
+            text = text.rstrip(REPLACEMENT)
+        elif text.endswith(REPLACEMENT):
+            self._completes = len(text)
+        self._sent = len(text)  # characters of the window's text that have been returned
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that has become final with these tokens; may be empty."""
+        fresh = self._with_text(ids)
+        self._window += fresh
+        if not fresh or fresh[-1] in self._bytes:
+            return ""
+        text = self._decode(self._window)
+        final = len(text) - text.endswith(REPLACEMENT)  # an unfinished character is one replacement character, the last
+        new = self._take(text, final)
+        if len(self._window) > 4 * CONTEXT:
+            self._shorten(text)
+        return new
+
+    def flush(self) -> str:
+        """The rest, after the last token: what is unfinished stays so, as the replacement character."""
+        text = self._decode(self._window)
+        return self._take(text, len(text))
+
+    def _with_text(self, ids: Iterable[int]) -> list[int]:
+        """Without those that `decode` leaves out: special tokens, and ids beyond the tokenizer (padding of the vocabulary)."""
+        return [i for i in ids if i not in self._skipped and self._tokenizer.convert_ids_to_tokens(i) is not None]
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _take(self, text: str, final: int) -> str:
+        if self._completes and len(text) >= self._completes and text[self._completes - 1] != REPLACEMENT:
+            self._sent, self._completes = min(self._sent, self._completes - 1), 0
+        new = text[self._sent : final]
+        self._sent = max(self._sent, final)
+        return new
+
+    def _shorten(self, text: str) -> None:
+        """Drops the front of the window. Its tail's text may begin with pieces of a character, but a character has at most four
+        bytes and each token at least one, so both texts end alike, whatever comes."""
+        tail = self._decode(self._window[-CONTEXT:])
+        self._window = self._window[-CONTEXT:]
+        self._sent -= len(text) - len(tail)
+        self._completes = 0
+
+
+class StopStrings:
+    """Ends a text at the stop string that is complete first; of several that end together, at the longest.
+
+    What may be the beginning of a stop string is held back until it is known. The result depends on the text alone, not on
+    how it is cut into pieces.
+
+    Args:
+        stop: non-empty strings; none: everything passes.
+        include: the stop string is part of the text.
+    """
+
+    def __init__(self, stop: Sequence[str], include: bool = False) -> None:
+        self._stop = tuple(stop)
+        self._include = include
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """The text that may be sent, and the stop string if one is complete: then it is the last text."""
+        text = self._held + text
+        found = [(at + len(s), at, s) for s in self._stop if (at := text.find(s)) >= 0]
+        if found:
+            end, start, stop = min(found)
+            self._held = ""
+            return text[: end if self._include else start], stop
+        longest = max(map(len, self._stop), default=1)
+        for at in range(max(0, len(text) - longest + 1), len(text)):
+            if any(s.startswith(text[at:]) for s in self._stop):
+                self._held = text[at:]
+                return text[:at], None
+        self._held = ""
+        return text, None
+
+    def flush(self) -> str:
+        """What is still held back, where the text ends without a stop string."""
+        text, self._held = self._held, ""
+        return text
