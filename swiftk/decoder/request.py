@@ -43,7 +43,6 @@ class Request:
     num_cached_tokens: int = 0  # prompt tokens that were read from the prefix cache when it first ran
     num_preemptions: int = 0
     hashes: list[bytes] = field(default_factory=list)  # names of its first full blocks, as far as they were asked for
-    awaits: bytes | None = None  # name of a block that another request was computing when this one wanted it
     num_missing_blocks: int = 0  # free blocks that its admission wanted when it was last refused
 
     def __post_init__(self) -> None:
