@@ -37,12 +37,12 @@ class Request:
     finish_reason: str | None = None
     arrival: int = -1  # the scheduler's count of requests
     output: list[int] = field(default_factory=list)
-    tokens: list[int] = field(init=False)
+    tokens: list[int] = field(init=False, repr=False)
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     num_cached_tokens: int = 0  # prompt tokens that were read from the prefix cache when it first ran
     num_preemptions: int = 0
-    hashes: list[bytes] = field(default_factory=list)  # names of its first full blocks, as far as they were asked for
+    hashes: list[bytes] = field(default_factory=list, repr=False)  # names of its first full blocks
     num_missing_blocks: int = 0  # free blocks that its admission wanted when it was last refused
 
     def __post_init__(self) -> None:

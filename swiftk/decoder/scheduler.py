@@ -173,7 +173,7 @@ class Scheduler:
             if self._in_flight.get(name) is request:
                 del self._in_flight[name]
         self.pool.free(request.block_table)
-        request.block_table.clear()
+        request.block_table = []  # a new list: who has copied the old one sees that it is another
 
     # --- a step --------------------------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class Scheduler:
         for request in singles:
             num_draft = 0
             if request.draft and budget:
-                num_draft = self._look_ahead(request, budget)
+                num_draft = self.reserve(request, min(len(request.draft), budget))
                 budget -= num_draft
             work.append(Work(request, request.num_computed_tokens, 1 + num_draft, num_draft, True))
         work += chunks
@@ -267,15 +267,15 @@ class Scheduler:
         count = min(budget, len(request.tokens) - start)
         return Work(request, start, count, 0, start + count == len(request.tokens))
 
-    def _look_ahead(self, request: Request, budget: int) -> int:
-        """How many drafts get a row, with blocks reserved for them; a guess preempts nobody and leaves the watermark free."""
-        n = min(len(request.draft), budget, request.params.max_tokens - len(request.output) - 1)
+    def reserve(self, request: Request, n: int) -> int:
+        """Blocks for n guesses after the tokens of a running request, as far as they are free and above the watermark: a guess
+        preempts nobody. How many of the n have room, and can still be of use. A draft model calls it ahead of plan()."""
         size, table = self.config.block_size, request.block_table
+        n = min(n, request.params.max_tokens - len(request.output) - 1)  # the last token is never fed
         missing = -(-(len(request.tokens) + n) // size) - len(table)
         if missing > 0:
             table += self.pool.allocate(max(0, min(missing, self.pool.num_free - self._watermark)))
-            n = min(n, len(table) * size - len(request.tokens))
-        return n
+        return max(0, min(n, len(table) * size - len(request.tokens)))
 
     # --- admission -----------------------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ class World:
         self.config = SchedulerConfig(**{"num_blocks": 20, "block_size": 4, "max_model_len": 1 << 20} | config)
         self.scheduler = scheduling.Scheduler(self.config)
         self.kv: list[int | None] = [None] * (self.config.num_blocks * self.config.block_size)
-        self.toy, self.contents, self.tables = Toy(), {}, {}
+        self.toy, self.contents, self.tables = Toy(), {}, []
         self.finished: dict[int, Request] = {}
         self.rows = self.steps = self.serial = 0
         self.hook = lambda batch: None  # called between plan and commit
@@ -176,11 +176,9 @@ class World:
         pool, size = self.scheduler.pool, self.config.block_size
         for block, name in enumerate(pool.hashes):
             assert name is None or self.kv[block * size : (block + 1) * size] == self.contents[name], "the cache changed"
-        tables = {r.id: (r.num_preemptions, list(r.block_table)) for r in self.scheduler.running}
-        for id, (preemptions, table) in tables.items():
-            old = self.tables.get(id)
-            assert old is None or old[0] != preemptions or table[: len(old[1])] == old[1], "a table is not append-only"
-        self.tables = tables
+        for table, copy in self.tables:
+            assert table[: len(copy)] == copy, "a table is not append-only"
+        self.tables = [(request.block_table, list(request.block_table)) for request in self.scheduler.running]
 
     def draft(self, request: Request, n: int) -> list[int]:
         """n guesses of which most are right."""
@@ -238,7 +236,8 @@ def random_operations(seed: int, operations: int) -> None:
         else:
             for request in scheduler.running:
                 if speculates and rng.random() < 0.7 and request.num_computed_tokens == request.num_tokens - 1:
-                    request.draft = world.draft(request, rng.randint(1, 6))
+                    n = rng.randint(1, 6)
+                    request.draft = world.draft(request, scheduler.reserve(request, n) if rng.random() < 0.5 else n)
             world.step()
         world.check()
     world.hook = lambda batch: None
@@ -578,6 +577,32 @@ def test_drafts(right):
     assert request.output == world.toy.alone(request.prompt, request.params)
 
 
+def test_room_for_guesses_ahead_of_a_plan():
+    """As many as have slots or get them: what max_tokens leaves, what is free above the watermark, at least none."""
+    world = World(num_blocks=5, block_size=4, watermark=0.2)  # 4 blocks, 1 of them kept
+    request = world.add([1] * 4, max_tokens=12)
+    world.step()
+    assert request.num_tokens == 5 and world.scheduler.pool.num_free == 3 and len(request.block_table) == 1
+    assert world.scheduler.reserve(request, 2) == 2 and len(request.block_table) == 2
+    assert world.scheduler.reserve(request, 2) == 2 and len(request.block_table) == 2
+    assert world.scheduler.reserve(request, 99) == 7 and len(request.block_table) == 3
+    world.run()
+
+    world = World(num_blocks=5, block_size=4, watermark=0.0)
+    first, second = world.add([1] * 4, max_tokens=4), world.add([2] * 4, max_tokens=10)
+    world.step()
+    if not second.output:
+        world.step()
+    assert world.scheduler.reserve(first, 99) == 2, "max_tokens 4: the third guess would be the last token, which nobody feeds"
+    world.run()
+
+    world = World(num_blocks=3, block_size=4, watermark=0.5)
+    request = world.add([1] * 4, max_tokens=4)
+    world.step()
+    assert world.scheduler.reserve(request, 2) == 0, "not even the next token has a slot yet"
+    world.run()
+
+
 def test_drafts_take_only_what_is_left():
     """Of max_tokens, of the rows of a step, of the blocks above the watermark; never those of another request."""
     world = World(num_blocks=20)
@@ -629,7 +654,8 @@ BROKEN = {
     "old names for new weights": (scheduling, "request.hashes.clear()", "pass"),
     "waits for one that has gone": (scheduling, "request.hashes[request.num_computed_tokens // self", "()[self"),
     "rejected drafts count": (scheduling, "computed = len(request.tokens) - 1", "computed = work.start + work.count"),
-    "drafts past the table": (scheduling, "n = min(n, len(table) * size - len(request.tokens))", "pass"),
+    "drafts past the table": (scheduling, "min(n, len(table) * size - len(request.tokens))", "n"),
+    "drafts past the end": (scheduling, "n = min(n, request.params.max_tokens", "n = min(n, 9 + request.params.max_tokens"),
     "more rows than a step has": (scheduling, "min(budget, len(request.tokens) - start)", "len(request.tokens) - start"),
     "preempted and planned": (scheduling, "break  # preempted", "pass  # preempted"),
     "rows of the preempted": (scheduling, "continue\n            if work.samples", "pass\n            if work.samples"),
