@@ -57,6 +57,17 @@ def nf4_dequantize(
     codes: int, ld_codes: int, absmax_dtype: int, absmax: int, ld_absmax: int, rows: int, cols: int, blocksize: int,
     dtype: int, out: int, ld_out: int, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
+def paged_fwd(
+    dtype: int, q: tuple[int, int, int], total_q: int,
+    cache: tuple[tuple[int, int, int, int], tuple[int, int, int, int], int, int],
+    options: tuple[int, int, int, float, float, int, int], cu_seqlens_q: int, cache_seqlens: int,
+    block_table: tuple[int, int, int], batch: int, out: int, ld_out: int, lse: int, sinks: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def store_kv(
+    dtype: int, k: tuple[int, int, int], v: tuple[int, int, int],
+    cache: tuple[tuple[int, int, int, int], tuple[int, int, int, int], int, int], slot_mapping: int, tokens: int, heads: int,
+    dim: int, threads: int,
+) -> None: ...  # fmt: skip
 def rms_norm_fwd(
     dtype: int, x: int, residual: int, w: int, y: int, rstd: int, rows: int, cols: int, eps: float, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
