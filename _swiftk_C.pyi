@@ -100,6 +100,18 @@ def varlen_bwd(
     wide: bool, lse: int, dlse: int, sinks: int, scratch: int, dq: int, dk: int, dv: int, dsinks: int, threads: int,
     isa: str,
 ) -> None: ...  # fmt: skip
+def sample(
+    wide: bool, logits: int, stride: int, rows: int, cols: int, temperature: int, top_k: int, top_p: int, min_p: int,
+    seeds: int, positions: int, ids: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def row_logprobs(
+    wide: bool, logits: int, stride: int, rows: int, cols: int, ids: int, logprob: int, lse: int, rank: int, top: int,
+    top_ids: int, top_logprob: int, threads: int, isa: str,
+) -> None: ...  # fmt: skip
+def adjust_logits(
+    wide: bool, logits: int, stride: int, rows: int, offsets: int, ids: int, counts: int, in_prompt: int, bias: int,
+    repetition: int, presence: int, frequency: int, threads: int,
+) -> None: ...  # fmt: skip
 def vocab_stats(
     acc: int, logits: int, stride: int, labels: int, rows: int, cols: int, first_id: int, softcap: float, mx: int, l: int,
     e: int, sum: int, label: int, argmax: int, threads: int, isa: str,

@@ -5,7 +5,7 @@
 // bind_<op> is in csrc/cpu/<op>.cpp; limits is what the benchmarks measure the machine with, tape runs recorded calls again
 #define SWIFTK_OPS(F) \
   F(rms_norm) F(vocab_stats) F(varlen) F(paged) F(merge) F(swiglu) F(rope) F(linear) F(nf4) F(dropout) F(lora_linear) F(adamw_8bit) \
-  F(nf4_linear) F(limits) F(tape)
+  F(nf4_linear) F(sample) F(limits) F(tape)
 
 namespace swiftk {
 #define SWIFTK_DECLARE(op) void bind_##op(py::module_&);
