@@ -4,7 +4,7 @@
     noise          g_v = -log(-log(1 - q_v)),  q_v = (n_v + 1/2) 2^-52,  n_v the 52 bits that Philox4x32-10 (kernels/dropout.py)
                    draws for (seed, position, v): a token is drawn with probability exp(x_v) / sum exp x (Gumbel's maximum)
     kept           top-k: the first k in the order (logit descending, id ascending); top-p: of these, a token where the ones
-                   before it hold less than p of their weight, w_v = floor(2^44 exp x_v); min-p: where exp x_v >= min_p
+                   before it hold less than p of their weight, w_v = round(2^44 exp x_v); min-p: where exp x_v >= min_p
     row_logprobs   log p_id = (z_id - m) - log l,  m = max z,  l = sum exp(z - m);  rank = 1 + tokens before it in the order
     adjust_logits_ z <- z / r if z > 0 else z r  where the id is in prompt or output; z <- z - frequency count - presence
                    where count > 0; z <- z + bias
@@ -71,7 +71,7 @@ def kept_ref(
     order = torch.sort(z, dim=-1, descending=True, stable=True).indices
     place = torch.arange(z.shape[-1])
     keep = place < torch.where(top_k > 0, top_k, len(place))[:, None]
-    weight = (x.gather(-1, order).exp() * 2**WEIGHT_BITS).long() * keep
+    weight = (x.gather(-1, order).exp() * 2**WEIGHT_BITS).round().long() * keep
     before = weight.cumsum(-1) - weight
     target = top_p.double() * weight.sum(-1).double()
     keep &= (before.double() < target[:, None]) | (top_p >= 1)[:, None]

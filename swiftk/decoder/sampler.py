@@ -91,7 +91,7 @@ class Sampler:
         for r in rows:
             if _is_adjusted(r):
                 key = id(r.prompt), r.seed
-                state = used.get(key) or self._penalties.get(key)
+                state = self._penalties.get(key)
                 if state is None or not state.belongs_to(r):
                     state = _Penalties(r)
                 used[key] = state

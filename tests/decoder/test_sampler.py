@@ -81,11 +81,11 @@ def test_a_decode_of_mixed_rows(dtype):
 
 
 def test_guesses_that_are_refused_are_not_counted():
-    sampler, i, prompt = Sampler(VOCAB), 5, [1, 2, 3]
-    for output, guesses in (([], [9, 9, 8]), ([9], [4]), ([9, 5], [5, 5, 5, 5]), ([9, 5, 5, 1], []), ([9, 5], [2])):
-        rows = [row(i, output + guesses[:k], prompt) for k in range(len(guesses) + 1)]
-        logits = torch.randn(len(rows), VOCAB)
-        assert sampler(logits, rows)[0] == [plain(z, r) for z, r in zip(logits, rows, strict=True)]
+    sampler, prompt, params = Sampler(VOCAB), [1, 2, 3], SamplingParams(temperature=0, frequency_penalty=1.0)
+    z = -0.4 * torch.arange(VOCAB)  # what is drawn tells how often the first tokens are counted
+    for output, guesses in (([], [0, 0, 1]), ([0], [2]), ([0, 1], [1, 0, 1, 0]), ([0, 1, 1, 0], []), ([0, 1], [0])):
+        rows = [Row(params, prompt, output + guesses[:k], 3, 0, END) for k in range(len(guesses) + 1)]
+        assert sampler(z.repeat(len(rows), 1), rows)[0] == [plain(z, r) for r in rows]
 
 
 def test_another_request_at_the_same_place_starts_anew():

@@ -107,6 +107,19 @@ def philox_by_hand(counter, key):
     return x
 
 
+def test_noise_of_the_kernel_is_the_references(isa):
+    """To 1e-12: two tokens whose scores differ by so little, one way and the other."""
+    seeds, positions = torch.randint(-(2**62), 2**62, (200,)), torch.randint(2**40, (200,))
+    g = noise_ref(seeds, positions, 300)
+    a, b = torch.randint(150, (200,)), 150 + torch.randint(150, (200,))
+    row = torch.arange(200)
+    for above in (1e-12, -1e-12):
+        z = torch.full((200, 300), -1e3, dtype=torch.float64)
+        z[row, a], z[row, b] = 0, g[row, a] - g[row, b] + above
+        ids = sample(z, *settings(200)[:4], seeds, positions, isa=isa)
+        assert torch.equal(ids, b if above > 0 else a)
+
+
 # --- the kept set, against transformers --------------------------------------------------------------------------
 
 
