@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
             yaml_path=arguments.yaml_path,
             commands=Commands(
                 start_command(2), program("tensorboard", "tensorboard.main"), resume_command(argv, world_size),
-                f"{program('python')} -m swiftk.merge",
+                f"{program('python')} -m swiftk.merge", f"{program('python')} -m swiftk.generate",
             ),
         )  # fmt: skip
     except (ValueError, CheckpointError, NonFiniteError, UntrainedError, ImportError) as error:

@@ -14,6 +14,7 @@ import torch
 
 from swiftk.config import OptimConfig, RunConfig
 from swiftk.model import Model, save_adapter, save_checkpoint
+from swiftk.model.checkpoint import write_json
 from swiftk.parallel.data import sum_gradients_
 from swiftk.parallel.mesh import Mesh
 from swiftk.trainer import checkpoint
@@ -24,6 +25,7 @@ from swiftk.trainer.metrics import Reporter, Window, model_work, step_flops
 from swiftk.trainer.optimizer import clip_gradients_, gradient_norm, learning_rate, set_learning_rate
 from swiftk.trainer.packing import Batch, BatchPlan, collate
 from swiftk.trainer.stop import StopFlag
+from swiftk.trainer.template import GENERATION_CONFIG, generation_config
 from swiftk.trainer.trained import TrainedCheck
 
 
@@ -106,6 +108,7 @@ def train(t: Training) -> bool:
         set_learning_rate(t.optimizer, rate)
         if trained:  # a step without a trained token changes nothing, not even by momentum or decay
             t.optimizer.step()
+            t.model.weight_version += 1
         if trained and check is not None:
             check.after_step(t.step + 1, t.optimizer)
         t.optimizer.zero_grad(set_to_none=True)
@@ -168,6 +171,8 @@ def save(t: Training, evaluation: Evaluation | None, window: Window) -> None:
             save_adapter(t.model, directory, str(Path(t.config.model or "").resolve()))
         else:
             save_checkpoint(t.model, directory)
+            base = None if t.config.model is None else Path(t.config.model)
+            write_json(directory / GENERATION_CONFIG, generation_config(t.tokenizer, base))
         t.tokenizer.save_pretrained(directory)
 
     error: str | None = None

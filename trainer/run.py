@@ -43,6 +43,7 @@ class Commands:
     tensorboard: str
     resume: str  # the whole line
     merge: str  # up to the arguments
+    generate: str
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -408,6 +409,8 @@ def closing_words(t: Training, commands: Commands) -> None:
     else:
         say(f"\nthe checkpoint is {last}; transformers loads it: AutoModelForCausalLM.from_pretrained({str(last)!r})")
         source = f"--model {shlex.quote(str(last))}"
+    model = f"--model {shlex.quote(str(t.config.model))} {source}" if t.model.tuning.lora else source
+    say(f"talk to it (and `python -m swiftk.serve` serves it):\n  {commands.generate} {model}")
     say("next, train it on your own rows:")
     if not t.model.tuning.lora and t.config.model_config and t.optim.learning_rate:  # trained for minutes: the default, for
         source += f" --tuner_type full --learning_rate {t.optim.learning_rate:g}"  # checkpoints, hardly moves it

@@ -14,9 +14,11 @@ Trained are x (with its <think> block where the template keeps it) and the end-o
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -25,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from swiftk.trainer.rows import Message, RowError
 
+GENERATION_CONFIG = "generation_config.json"
 THINK = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
@@ -185,6 +188,21 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
             "without one the model would never learn to stop"
         )
     return frozenset({stop, tokenizer.eos_token} - {None})
+
+
+def generation_config(tokenizer: PreTrainedTokenizerBase, base: Path | None) -> dict[str, Any]:
+    """generation_config.json for a model that was trained whole: the base's, and every token that ends a reply, so that
+    whoever generates with it stops there; eos alone where there is no chat template."""
+    path = None if base is None else base / GENERATION_CONFIG
+    found = json.loads(path.read_text()) if path is not None and path.is_file() else {}
+    known = found.get("eos_token_id")
+    ids = {i for i in (known if isinstance(known, list) else [known]) if i is not None}
+    try:
+        tokens = end_of_turn(tokenizer)
+    except ValueError:  # no template, or one that sft refuses
+        tokens = frozenset({tokenizer.eos_token} - {None})
+    ids |= {tokenizer.convert_tokens_to_ids(token) for token in tokens}
+    return found | {"eos_token_id": sorted(ids)}
 
 
 def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:

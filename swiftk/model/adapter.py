@@ -81,7 +81,9 @@ class Tuning:
         return int(found[1]) if found and found[1] else None
 
     def trains(self, name: str) -> bool:
-        """Whether a parameter is trained: all of them, or adapters and what modules_to_save names."""
+        """Whether a parameter is trained: all, or adapters and what modules_to_save names; none of a decoder's."""
+        if self.config.tuner_type == "none":
+            return False
         return not self.lora or is_adapter(name) or name.rsplit(".", 1)[0] in self.saved
 
 
@@ -90,6 +92,8 @@ def resolve(config: ModelConfig, tuner: TunerConfig) -> Tuning:
     which is that of the adapter it is saved as), and for settings that do not go together."""
     blocks = linear_shapes(config)
     numbers = {name: i for i, name in enumerate((*blocks, LM_HEAD))}
+    if tuner.tuner_type == "none":
+        return Tuning(tuner, frozenset(), frozenset(), frozenset(blocks) if tuner.quant_bits else frozenset(), numbers)
     if tuner.tuner_type != "lora":
         if tuner.quant_bits:
             raise ValueError(f"quant_bits: has {tuner.quant_bits}, wants tuner_type lora: NF4 weights cannot be trained")

@@ -47,7 +47,7 @@ from swiftk.model.config import ModelConfig
 from swiftk.model.freezing import frozen
 from swiftk.model.parameters import initial_value, param_specs
 from swiftk.model.pissa import start_of, take_out_
-from swiftk.parallel.comm import Comm
+from swiftk.parallel.comm import Comm, SingleComm
 from swiftk.parallel.mesh import Mesh
 
 RECOMPUTE = ("none", "selective", "full")
@@ -381,6 +381,7 @@ class Model(nn.Module):
         cos, sin = rope_table(
             config.head_dim, config.max_position_embeddings, theta=config.rope_theta, scaling=config.rope_scaling, dtype=master
         )
+        self.weight_version = 0  # raised by every optimizer step: keys and values computed before it are of another model
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         if seed is not None:
@@ -415,6 +416,17 @@ class Model(nn.Module):
         if own is None or (self.config.tie_word_embeddings and own.codes is None):
             return self.model.embed_tokens.weight.to(self.compute_dtype)
         return own.base
+
+    @torch.no_grad()
+    def quantise_head(self) -> None:
+        """Holds the head in NF4 from now on; an embedding tied to it stays as it is, for its look-ups. Not to be trained."""
+        base = self.head_base
+        weight = base if isinstance(base, NF4Tensor) else nf4_quantize(base)
+        if self.lm_head is None:
+            make = Maker(lambda name: None, self.ops, self.compute_dtype, self.tuning, 0, SingleComm())
+            self.lm_head = Linear(LM_HEAD, make)
+        self.lm_head.weight = None
+        self.lm_head.set_nf4(weight)
 
     def head(self, seed_step: torch.Tensor | None = None, token_index: torch.Tensor | None = None) -> Head:
         """The head for the losses, which form its logits in pieces of the vocabulary; W + s B A is never formed.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from swiftk.trainer.template import encode, encode_batch
+from swiftk.trainer.template import encode, encode_batch, generation_config
 from swiftk.trainer.tokenizer import CHATML, train_tokenizer
 
 TEXTS = [
@@ -326,3 +328,13 @@ def test_documents_end_with_eos_and_are_trained_whole():
     backend = Tokenizer.from_str(BASE.backend_tokenizer.to_str())
     with pytest.raises(ValueError, match="has no eos token, stage pt needs one"):
         encode([reply("a")], PreTrainedTokenizerFast(tokenizer_object=backend), "pt")
+
+
+def test_generation_config_names_every_token_that_ends_a_reply(tmp_path):
+    tokenizer = tokenizer_of(CHATML, eos="</s>")
+    ids = {tokenizer.convert_tokens_to_ids(t) for t in (tokenizer.eos_token, "<|im_end|>")}
+    assert generation_config(tokenizer, None) == {"eos_token_id": sorted(ids)}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 3, "temperature": 0.6}))
+    assert generation_config(tokenizer, tmp_path) == {"eos_token_id": sorted({3, *ids}), "temperature": 0.6}
+    tokenizer.chat_template = None
+    assert generation_config(tokenizer, None) == {"eos_token_id": [tokenizer.eos_token_id]}

@@ -77,6 +77,7 @@ def launch(keys: dict[str, object], comm: Comm | None = None) -> bool:
             arguments=flat, yaml_path=None,
             commands=Commands(
                 "torchrun -m swiftk.train", "tensorboard", "swiftk.train --resume_from_checkpoint auto", "swiftk.merge",
+                "swiftk.generate",
             ),
         )  # fmt: skip
     finally:

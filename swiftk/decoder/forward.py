@@ -1,0 +1,302 @@
+"""The trainer's forward over a paged cache: the same kernels in the same order on the same weights, by their launchers.
+
+    x = embed[ids];   per block:  h = norm(x);  q, k, v = h W^T;  store k, v;  x += o(paged_attention(q, cache))
+                                  h = norm(x);  x += down(silu(gate(h)) up(h));      logits = norm(x)[rows] head^T
+
+Every kernel is row-invariant, so a token's logits are those of swiftk/model/transformer.py bit for bit, however the tokens
+are cut into steps. Weights are read where the model has them. Copied, once per version of the weights, are only those that
+the trainer casts at use (fp32 masters under a bf16 compute dtype), and DoRA's norms.
+
+The launches of all blocks are recorded once per (rows, sequences, ...) on a tape (csrc/tape.h) and run again from C++: what
+changes from step to step lies in buffers of fixed addresses. (29 M parameters, one token: Python's 130 launches take 1.0 ms.)
+Several adapters in one step: per linear their A are one matrix and their B another, a row's products with those of others
+are zeroed (kernels/lora_linear.py).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from swiftk.kernels._native import acc_dtype, native
+from swiftk.kernels.attention.paged import paged_attention_out, store_kv_out
+from swiftk.kernels.lora_linear import ALIGN, Adapter, adapted_norm, base_product, keep_own, scales_of
+from swiftk.kernels.nf4 import NF4Tensor, plain_absmax
+from swiftk.kernels.rms_norm import rms_norm_out
+from swiftk.kernels.rope import rope_out
+from swiftk.kernels.swiglu import swiglu_out
+from swiftk.model.adapter import LM_HEAD
+from swiftk.model.transformer import Block, Linear, Model
+
+TAPES = 128  # kept; a mix of chunks and decodes has a new number of rows at every step
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """One of several adapters over one base (decoder/loading.py)."""
+
+    scale: float
+    pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]  # linear -> A (r, K), B (N, r)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One sequence's share of a step."""
+
+    tokens: Sequence[int]
+    start: int  # position of the first
+    blocks: Sequence[int]  # its block table
+    adapter: int = -1  # number among the adapters; -1: none
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A linear as launchers take it."""
+
+    weight: torch.Tensor | NF4Tensor
+    bias: torch.Tensor | None = None
+    a: torch.Tensor | None = None  # (R, K), of one adapter or of all
+    b: torch.Tensor | None = None  # (N, R)
+    factor: torch.Tensor | None = None  # (R,), s of each column
+    gain: torch.Tensor | None = None  # (N,), DoRA's
+    adapters: int = 0  # of a stack; 0: the model's own
+
+
+class _Block(NamedTuple):
+    norm1: torch.Tensor
+    norm2: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    q: _Product
+    k: _Product
+    v: _Product
+    o: _Product
+    gate: _Product
+    up: _Product
+    down: _Product
+
+
+class Forward:
+    """
+    Args:
+        model: read where it is; `refresh` when its parameters have changed.
+        num_blocks, block_size: of the cache, which has (blocks, block_size, kv_heads, head_dim) per layer for K and for V.
+        max_tokens, max_seqs, max_len: of a step; of a sequence.
+        adapters: several, over a model that has none of its own.
+    """
+
+    def __init__(
+        self, model: Model, *, num_blocks: int, block_size: int, max_tokens: int, max_seqs: int, max_len: int,
+        isa: str = "auto", adapters: Sequence[LoadedAdapter] = (),
+    ) -> None:  # fmt: skip
+        self.model, self.isa, self.block_size, self.max_tokens = model, isa, block_size, max_tokens
+        self.dtype, self.acc = model.compute_dtype, acc_dtype(model.compute_dtype)
+        self.adapters = adapters
+        self._refreshers: list[Callable[[], object]] = []
+        self._tapes: dict[tuple, Any] = {}
+        self._bind()
+        c, new = model.config, lambda *shape, dtype=self.dtype: torch.empty(shape, dtype=dtype)
+        places = (num_blocks, block_size, c.num_key_value_heads)
+        self.cache = [
+            (new(*places, c.head_dim), new(*places, c.head_dim))
+            for _ in model.model.layers
+        ]
+        heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.x, self.h, self.z = (new(max_tokens, c.hidden_size) for _ in range(3))
+        self.q, self.k, self.v, self.o = (new(max_tokens, width) for width in (heads, kv, kv, heads))
+        self.gate, self.up, self.act = (new(max_tokens, c.intermediate_size) for _ in range(3))
+        self.rstd = new(max_tokens * max(1, c.num_attention_heads), dtype=self.acc)
+        self.s = new(max_tokens * max([1, *(len(p.a) for p in self._products if p.a is not None)]))
+        self.ids, self.positions, self.slots, self.owner = (torch.zeros(max_tokens, dtype=torch.int64) for _ in range(4))
+        self.cu_seqlens, self.lengths = (torch.zeros(n, dtype=torch.int32) for n in (max_seqs + 1, max_seqs))
+        self.table = torch.zeros(max_seqs, -(-max_len // block_size), dtype=torch.int32)
+        names = ("ids", "positions", "slots", "owner", "cu_seqlens", "lengths", "table")
+        self._numpy = {name: getattr(self, name).numpy() for name in names}
+        self._steps = np.arange(max_len + 1)
+        self._held: list[tuple[Any, int]] = [(None, 0)] * max_seqs  # whose blocks a row of the table has, and how many
+        self._logits = torch.empty(0, dtype=self.acc)
+
+    # --- the weights -----------------------------------------------------------------------------------------------
+
+    def _bind(self) -> None:
+        model = self.model
+        self._products: list[_Product] = []
+        self.blocks = []
+        for layer in model.model.layers:
+            assert isinstance(layer, Block)
+            attention, mlp = layer.self_attn, layer.mlp
+            self.blocks.append(_Block(
+                self._cast(layer.input_layernorm.weight), self._cast(layer.post_attention_layernorm.weight),
+                self._cast(attention.q_norm.weight) if model.config.qk_norm else None,
+                self._cast(attention.k_norm.weight) if model.config.qk_norm else None,
+                *map(self._product, (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)),
+                *map(self._product, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+            ))  # fmt: skip
+        self.norm = self._cast(model.model.norm.weight)
+        own = model.lm_head
+        if own is None or (model.config.tie_word_embeddings and own.codes is None):
+            weight: torch.Tensor | NF4Tensor = self._cast(model.model.embed_tokens.weight)
+        else:
+            weight = self._weight(own)
+        self.head = self._adapted(LM_HEAD, weight, None, None if own is None else own.adapter)
+
+    def _cast(self, p: torch.Tensor) -> torch.Tensor:
+        """p itself where it has the compute dtype, else a copy that `refresh` fills again."""
+        p = p.detach()
+        if p.dtype == self.dtype and p.is_contiguous():
+            return p
+        copy = p.to(self.dtype, copy=True).contiguous()
+        self._refreshers.append(functools.partial(copy.copy_, p))
+        return copy
+
+    def _weight(self, leaf: Linear) -> torch.Tensor | NF4Tensor:
+        if leaf.weight is not None:
+            return self._cast(leaf.weight)
+        base = leaf.base
+        assert isinstance(base, NF4Tensor)
+        return plain_absmax(base)
+
+    def _product(self, leaf: Linear) -> _Product:
+        bias = None if leaf.bias is None else self._cast(leaf.bias)
+        return self._adapted(leaf.name, self._weight(leaf), bias, leaf.adapter)
+
+    def _adapted(self, name: str, weight, bias, own: Adapter | None) -> _Product:
+        found = [(i, one.pairs[name]) for i, one in enumerate(self.adapters) if name in one.pairs]
+        if own is not None:
+            product = self._with_own(weight, bias, own)
+        elif found:
+            columns = max(-(-len(a) // ALIGN) * ALIGN for _, (a, _) in found)
+            a = torch.zeros(len(self.adapters), columns, found[0][1][0].shape[1], dtype=self.dtype)
+            b = torch.zeros(found[0][1][1].shape[0], len(self.adapters), columns, dtype=self.dtype)
+            factor = torch.zeros(len(self.adapters), columns, dtype=self.acc)
+            for i, (a_i, b_i) in found:
+                a[i, : len(a_i)], b[:, i, : len(a_i)] = a_i, b_i
+            for i, one in enumerate(self.adapters):
+                factor[i] = one.scale
+            product = _Product(weight, bias, a.flatten(0, 1), b.flatten(1), factor.flatten(), adapters=len(self.adapters))
+        else:
+            product = _Product(weight, bias)
+        self._products.append(product)
+        return product
+
+    def _with_own(self, weight, bias, own: Adapter) -> _Product:
+        a, b = self._cast(own.a), self._cast(own.b)
+        (scale,) = scales_of(own, 1)
+        factor = torch.full((len(a),), scale, dtype=self.acc)
+        if own.magnitude is None:
+            return _Product(weight, bias, a, b, factor)
+        gain = torch.empty(len(b), dtype=self.acc)
+
+        magnitude = own.magnitude.detach()
+
+        def refresh() -> None:
+            norm = adapted_norm(weight, a, b, factor, own.weight_norm_sq, self.isa)
+            gain.copy_(torch.where(norm == 0, 0, magnitude.to(norm.dtype) / norm))
+
+        refresh()
+        self._refreshers.append(refresh)
+        return _Product(weight, bias, a, b, factor, gain)
+
+    def refresh(self) -> None:
+        """To be called when the model's parameters have changed."""
+        for fill in self._refreshers:
+            fill()
+
+    # --- a step ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, step: Sequence[Rows]) -> int:
+        """Writes the keys and values of all rows into the cache and their last hidden states into `h`; the number of rows."""
+        buffers, size, row = self._numpy, self.block_size, 0
+        for i, part in enumerate(step):
+            stop = row + len(part.tokens)
+            at = self._steps[part.start : part.start + stop - row]
+            buffers["ids"][row:stop] = part.tokens
+            buffers["positions"][row:stop] = at
+            if self.adapters:
+                buffers["owner"][row:stop] = part.adapter
+            table, (held, count) = buffers["table"][i], self._held[i]
+            if held is not part.blocks or count != len(part.blocks):
+                table[: len(part.blocks)] = part.blocks
+                self._held[i] = (part.blocks, len(part.blocks))
+            buffers["slots"][row:stop] = table[at // size] * size + at % size
+            buffers["cu_seqlens"][i + 1] = row = stop
+            buffers["lengths"][i] = part.start + len(part.tokens)
+        stacked = bool(self.adapters) and any(part.adapter >= 0 for part in step)
+        self.x[:row] = self.model.model.embed_tokens(self.ids[:row])
+        key = (row, len(step), stacked, torch.get_num_threads())
+        tape = self._tapes.get(key)
+        if tape is None:
+            if len(self._tapes) == TAPES:
+                self._tapes.clear()
+            tape = self._tapes[key] = native().Tape()
+            tape.start()
+            try:
+                self._blocks(row, len(step), stacked)
+            finally:
+                tape.stop()
+        tape.run()
+        return row
+
+    def _blocks(self, m: int, s: int, stacked: bool) -> None:
+        c, isa = self.model.config, self.isa
+        x, h, z, q, k, v, o = (t[:m] for t in (self.x, self.h, self.z, self.q, self.k, self.v, self.o))
+        gate, up, act = self.gate[:m], self.up[:m], self.act[:m]
+        qh, kh, vh, oh = (t.view(m, -1, c.head_dim) for t in (q, k, v, o))
+        positions, table = self.positions[:m], (self.table[:s], self.lengths[:s], self.cu_seqlens[: s + 1])
+        cos, sin = self.model.rope_cos, self.model.rope_sin
+        residual = None
+        for i, block in enumerate(self.blocks):
+            rms_norm_out(x, block.norm1, c.rms_norm_eps, h, self.rstd, isa, residual=residual)
+            for product, y in ((block.q, q), (block.k, k), (block.v, v)):
+                self._multiply(product, h, y, stacked)
+            for norm, y in ((block.q_norm, q), (block.k_norm, k)):
+                if norm is not None:
+                    y = y.view(-1, c.head_dim)
+                    rms_norm_out(y, norm, c.rms_norm_eps, y, self.rstd, isa)
+            for y in (qh, kh):
+                rope_out(y, cos, sin, positions, y, isa=isa)
+            store_kv_out(kh, vh, *self.cache[i], self.slots[:m])
+            left, _ = c.window_size(i)
+            paged_attention_out(qh, *self.cache[i], *table, None, c.head_dim**-0.5, 0.0, left, 0, oh, None, isa)
+            self._multiply(block.o, o, z, stacked)
+            rms_norm_out(x, block.norm2, c.rms_norm_eps, h, self.rstd, isa, residual=z)
+            self._multiply(block.gate, h, gate, stacked)
+            self._multiply(block.up, h, up, stacked)
+            swiglu_out(gate, up, act, isa)
+            self._multiply(block.down, act, z, stacked)
+            residual = z
+        rms_norm_out(x, self.norm, c.rms_norm_eps, h, self.rstd, isa, residual=residual)
+
+    def _multiply(self, p: _Product, x: torch.Tensor, y: torch.Tensor, stacked: bool) -> None:
+        tail = None
+        if p.a is not None and p.b is not None and (stacked or not p.adapters):
+            low = self.s[: len(x) * len(p.a)].view(len(x), len(p.a))
+            base_product(x, p.a, None, low, self.isa, scale=p.factor)
+            if p.adapters:
+                keep_own(low, self.owner, p.adapters)
+            tail = (low, p.b)
+        base_product(x, p.weight, p.bias, y, self.isa, tail=tail, scale=p.gain)
+
+    def logits(self, rows: Sequence[int], count: int) -> torch.Tensor:
+        """(len(rows), vocab) in the accumulate dtype, unrounded, of some of the `count` rows of the last step; overwritten by
+        the next call."""
+        hidden, owner = self.h[:count], self.owner
+        if len(rows) != count:
+            index = torch.tensor(rows)
+            hidden, owner = hidden[index], self.owner[index]
+        if len(self._logits) < len(rows):
+            self._logits = torch.empty(len(rows), self.model.config.vocab_size, dtype=self.acc)
+        p, out, tail = self.head, self._logits[: len(rows)], None
+        if p.a is not None and p.b is not None:
+            low = torch.empty(len(rows), len(p.a), dtype=self.dtype)
+            base_product(hidden, p.a, None, low, self.isa, scale=p.factor)
+            if p.adapters:
+                keep_own(low, owner, p.adapters)
+            tail = (low, p.b)
+        base_product(hidden, p.weight, p.bias, out, self.isa, tail=tail, scale=p.gain)
+        return out

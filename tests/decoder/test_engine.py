@@ -1,0 +1,431 @@
+"""The engine's contract: the trainer's log-probabilities, transformers' text, the same text under every schedule."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from swiftk.decoder.engine import Engine, Update
+from swiftk.decoder.params import SamplingParams
+from swiftk.kernels.linear_cross_entropy import token_logprobs
+from swiftk.model import Model, load_checkpoint, save_adapter
+from swiftk.parallel.mesh import Mesh
+from tests.model.families import FAMILIES, make_ours, pack, stir
+from tests.model.test_peft_files import tuner
+
+SMALL = dict(num_blocks=80, block_size=4, max_batched_tokens=24, max_num_seqs=6, max_model_len=64)
+LONG = SamplingParams(max_tokens=12, ignore_eos=True)
+
+
+def engine_of(model, **options) -> Engine:
+    return Engine(model, **{**SMALL, **options})
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    return [pack(n)[0].tolist() for n in lengths]
+
+
+def run(engine: Engine, ids: dict[int, int], each=lambda engine: None) -> dict[tuple[int, int], list[Update]]:
+    """Steps to the end: (number, index) -> updates; ids: engine's id -> number."""
+    found: dict[tuple[int, int], list[Update]] = {}
+    while engine.has_work:
+        for update in engine.step():
+            found.setdefault((ids[update.id], update.index), []).append(update)
+        engine.scheduler.check()
+        each(engine)
+    return found
+
+
+def tokens_of(updates: list[Update]) -> list[int]:
+    return [t for u in updates for t in u.token_ids]
+
+
+def logprobs_of(updates: list[Update]) -> list[float]:
+    return [x.logprob for u in updates for x in u.logprobs or []]
+
+
+def trainer_logprobs(model: Model, tokens: list[int]) -> torch.Tensor:
+    """Of tokens[1:], by the trainer: one pack, one call of the loss's kernel."""
+    with torch.no_grad():
+        ids = torch.tensor(tokens)
+        hidden = model(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32))
+        weight, adapter, _ = model.head()
+        return token_logprobs(hidden[:-1], weight, ids[1:], adapter=adapter)
+
+
+# --- the trainer, transformers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_is_transformers(family, tmp_path):
+    ours, theirs = make_ours(family, tmp_path)
+    theirs.eval()
+    theirs.generation_config.eos_token_id = None
+    engine = engine_of(ours)
+    for prompt in prompts(9, 1, 30):
+        got = engine.generate([prompt], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))[0].outputs[0]
+        config = transformers.GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+        given = torch.tensor([prompt])  # with its mask: a 0 in the prompt would be taken for padding
+        want = theirs.generate(given, attention_mask=torch.ones_like(given), generation_config=config)[0, len(prompt) :]
+        assert got.token_ids == want.tolist() and got.finish_reason == "length"
+
+
+@pytest.mark.parametrize("kind", ["dense", "bf16", "lora", "dora", "nf4-lora", "head", "live"])
+def test_logprobs_are_the_trainers(kind, tmp_path):
+    """Of prompts (in chunks) and of what is sampled, bit for bit; and again on live weights after training steps."""
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    options = {
+        "lora": dict(tuner=tuner()), "dora": dict(tuner=tuner(use_dora=True)), "nf4-lora": dict(tuner=tuner(quant_bits=4)),
+        "head": dict(tuner=tuner(target_modules=("all-linear", "lm_head"))),
+    }.get(kind, {})  # fmt: skip
+    model, _ = make_ours("llama-bias-yarn", tmp_path, dtype, **options)
+    stir(model)
+    engine = engine_of(model)
+    params = SamplingParams(max_tokens=9, ignore_eos=True, logprobs=2, prompt_logprobs=0, seed=5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.05)
+    for _ in range(2):
+        done = engine.generate(prompts(31, 1, 7), params)
+        for one in done:
+            out = one.outputs[0]
+            want = trainer_logprobs(model, one.prompt_token_ids + out.token_ids)
+            got = [x.logprob for x in [*(one.prompt_logprobs or []), *(out.logprobs or [])] if x is not None]
+            assert torch.equal(torch.tensor(got, dtype=want.dtype), want), kind
+            assert len(out.token_ids) == 9 and all(len(x.top) == 2 for x in out.logprobs or [])
+        ids = torch.tensor(prompts(40)[0])  # a step of training on the same tensors
+        hidden = model(ids, torch.arange(40), torch.tensor([0, 40], dtype=torch.int32))
+        model.logits(hidden).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# --- one text under every schedule -------------------------------------------------------------------------------
+
+
+def requests(rng: random.Random, count: int) -> list[tuple[list[int], SamplingParams]]:
+    """Prompts that share prefixes, and parameters of every kind."""
+    shared = [[rng.randrange(97) for _ in range(n)] for n in (4, 9, 16)]
+    made = []
+    for i in range(count):
+        prompt = list(rng.choice([[], *shared])) + [rng.randrange(97) for _ in range(rng.randint(1, 12))]
+        if rng.random() < 0.3:
+            prompt = (prompt * 4)[:30]  # something to look up
+        made.append((prompt, SamplingParams(
+            max_tokens=rng.randint(1, 14), temperature=rng.choice((0, 0, 0.7, 1.3)), top_k=rng.choice((0, 5)),
+            top_p=rng.choice((1.0, 0.8)), min_p=rng.choice((0.0, 0.05)), repetition_penalty=rng.choice((1.0, 1.2)),
+            presence_penalty=rng.choice((0.0, 0.5)), frequency_penalty=rng.choice((0.0, 0.3)), seed=i, logprobs=1,
+            prompt_logprobs=rng.choice((None, None, 1)), n=rng.choice((1, 1, 2)), ignore_eos=True,
+            min_tokens=rng.choice((0, 1)), stop_token_ids=tuple(rng.sample(range(97), 3)),
+            logit_bias=rng.choice(({}, {3: 2.0, 4: -math.inf})),
+        )))  # fmt: skip
+    return made
+
+
+def outcome(updates: list[Update]) -> tuple:
+    prompt = next((u.prompt_logprobs for u in updates if u.prompt_logprobs is not None), None)
+    last = updates[-1]
+    return (
+        tokens_of(updates), logprobs_of(updates), [sorted(x.top.items()) for u in updates for x in u.logprobs or []],
+        last.finish_reason, last.stop_reason, None if prompt is None else [None if x is None else x.logprob for x in prompt],
+    )  # fmt: skip
+
+
+def check_schedules(tmp_path: Path, seed: int, count: int) -> None:
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    options = rng.choice(({}, dict(tuner=tuner()), dict(tuner=tuner(quant_bits=4))))
+    family = rng.choice(("mistral", "qwen3", "llama"))
+    model, _ = make_ours(family, tmp_path, rng.choice((torch.float32, torch.bfloat16)), **options)
+    stir(model)
+    config = replace(model.config, num_hidden_layers=1, layer_types=model.config.layer_types[:1])
+    draft = Model(config, Mesh.single(), compute_dtype=model.compute_dtype, seed=seed)
+    todo = requests(rng, count)
+    alone = engine_of(model, prefix_caching=False, max_batched_tokens=64, max_num_seqs=1, num_blocks=60)
+    want = {}
+    for i, (prompt, params) in enumerate(todo):
+        for (_, index), updates in run(alone, {alone.add(prompt, params): i}).items():
+            want[i, index] = outcome(updates)
+    before = torch.get_num_threads()
+    for speculate in (None, "ngram", draft):
+        engine = engine_of(
+            model, block_size=rng.choice((1, 4, 16)), num_blocks=rng.choice((70, 200)),
+            max_batched_tokens=rng.choice((6, 13, 64)), max_num_seqs=rng.choice((2, 6)), max_model_len=60,
+            prefix_caching=rng.random() < 0.7, speculate=speculate,
+            num_draft_tokens=rng.choice((1, 3, 5)),
+        )  # fmt: skip
+        order = list(range(count))
+        rng.shuffle(order)
+        torch.set_num_threads(rng.choice((1, 2)))
+        try:
+            ids, found, preempted = {}, {}, 0
+            while order or engine.has_work:
+                while order and (rng.random() < 0.5 or not engine.has_work):
+                    i = order.pop()
+                    ids[engine.add(*todo[i], priority=rng.choice((0, 1)))] = i
+                if engine.scheduler.running and rng.random() < 0.1:
+                    engine.scheduler.preempt(rng.choice(engine.scheduler.running))
+                    preempted += 1
+                for update in engine.step():
+                    found.setdefault((ids[update.id], update.index), []).append(update)
+                engine.scheduler.check()
+        finally:
+            torch.set_num_threads(before)
+        assert found.keys() == want.keys()
+        for key, updates in found.items():
+            assert outcome(updates) == want[key], (seed, speculate, key, todo[key[0]])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_request_is_the_same_under_every_schedule(seed, tmp_path):
+    """Alone or in any mix, any chunk and block size, prefix hit or miss, preempted, speculating, 1 or 2 threads."""
+    check_schedules(tmp_path, seed, 8)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(10, 40))
+def test_a_request_is_the_same_under_many_schedules(seed, tmp_path):
+    check_schedules(tmp_path, seed, 16)
+
+
+def test_drafts_are_used(tmp_path):
+    """Fewer steps than tokens on text that repeats; all drafts of the model itself are right."""
+    model, _ = make_ours("qwen3", tmp_path)
+    params = SamplingParams(max_tokens=24, ignore_eos=True, temperature=0.9, seed=1)
+    steps = {}
+    for name, speculate in (("none", None), ("self", model)):
+        engine, count = engine_of(model, speculate=speculate, num_draft_tokens=4), itertools.count()
+        updates = run(engine, {engine.add([1, 2, 3], params): 0}, lambda e, c=count: next(c))
+        steps[name] = next(count), tokens_of(updates[0, 0])
+    assert steps["none"][1] == steps["self"][1] and steps["none"][0] == 24 and steps["self"][0] <= 8
+    greedy = replace(params, temperature=0, max_tokens=40)
+    base = engine_of(model).generate([[5]], greedy)[0].outputs[0].token_ids  # greedy text of a small model repeats soon
+    engine, count = engine_of(model, speculate="ngram"), itertools.count()
+    updates = run(engine, {engine.add([5], greedy): 0}, lambda e: next(count))
+    assert tokens_of(updates[0, 0]) == base and next(count) < 40
+
+
+@pytest.mark.parametrize("speculate", [None, "draft"])
+def test_the_sampled_distribution(speculate, tmp_path):
+    """Chi-square of the second token against the model's own probabilities, over seeds."""
+    model, _ = make_ours("llama", tmp_path)
+    toy = replace(model.config, vocab_size=11, num_hidden_layers=1, layer_types=model.config.layer_types[:1])
+    model, draft = (Model(toy, Mesh.single(), seed=s) for s in (1, 2))
+    with torch.no_grad():
+        for m in (model, draft):
+            m.model.embed_tokens.weight.mul_(3)
+    engine = engine_of(model, speculate=draft if speculate else None, max_num_seqs=64, max_batched_tokens=256, num_blocks=400)
+    draws, first = 3000, 7
+    ids = {engine.add([1, first], SamplingParams(max_tokens=3, ignore_eos=True, seed=s)): s for s in range(draws)}
+    found = [tokens_of(u) for u in run_all(engine, ids).values()]
+    for place, given in ((0, None), (1, max(range(11), key=lambda t: sum(f[0] == t for f in found)))):
+        those = [f for f in found if given is None or f[0] == given]
+        before = [1, first] if given is None else [1, first, given]
+        p = torch.tensor([trainer_logprobs(model, [*before, t])[-1] for t in range(11)]).double().exp()
+        counts = torch.tensor([sum(f[place] == t for f in those) for t in range(11)], dtype=torch.float64)
+        expected = p * len(those)
+        small = expected < 5
+        chi = ((counts - expected).square() / expected)[~small].sum()
+        chi += (counts[small].sum() - expected[small].sum()).square() / expected[small].sum().clamp(min=1)
+        assert chi < 33, (place, chi, counts, expected)  # 10 degrees of freedom: p = 0.0003, and the seeds are fixed
+
+
+def run_all(engine: Engine, ids: dict[int, int]) -> dict[int, list[Update]]:
+    found: dict[int, list[Update]] = {}
+    while engine.has_work:
+        for update in engine.step():
+            found.setdefault(ids[update.id], []).append(update)
+    return found
+
+
+# --- adapters, live weights --------------------------------------------------------------------------------------
+
+
+def test_several_adapters_and_the_base_in_one_batch(tmp_path):
+    base, _ = make_ours("qwen3", tmp_path / "base")
+    names, alone = {}, {}
+    for name, rank in (("a", 4), ("b", 12)):
+        one, _ = make_ours("qwen3", tmp_path / "other", tuner=tuner(lora_rank=rank))
+        load_checkpoint(one, tmp_path / "base")
+        stir(one)
+        save_adapter(one, tmp_path / name, str(tmp_path / "base"))
+        names[name], alone[name] = str(tmp_path / name), one
+    params = replace(LONG, seed=3, logprobs=0)
+    (prompt,) = prompts(7)
+    engine = engine_of(tmp_path / "base", adapters=names, torch_dtype="float32")
+    ids = {engine.add(prompt, params, adapter=name): i for i, name in enumerate((None, "a", "b", "a"))}
+    found = run(engine, ids)
+    texts = [outcome(found[i, 0]) for i in range(4)]
+    for i, single in enumerate((base, alone["a"], alone["b"], alone["a"])):
+        other = engine_of(single)
+        assert outcome(run(other, {other.add(prompt, params): 0})[0, 0]) == texts[i]
+    assert texts[1] == texts[3] and len({str(t) for t in texts}) == 3
+    with pytest.raises(ValueError, match=r"^adapter: has 'c', wants one of a, b, or None$"):
+        engine.add(prompt, params, adapter="c")
+
+
+def test_weights_that_move_under_a_running_request(tmp_path):
+    """What was cached with the old weights is not read: the next tokens are those of the new weights alone."""
+    model, _ = make_ours("qwen3", tmp_path)
+    engine = engine_of(model)
+    (prompt,) = prompts(20)
+    params = replace(LONG, seed=9, logprobs=0)
+    id = engine.add(prompt, params)
+    updates = [u for _ in range(6) for u in engine.step()]
+    before = tokens_of(updates)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+    model.weight_version += 1
+    updates = []
+    while engine.has_work:
+        updates += engine.step()
+    assert {u.id for u in updates} == {id} and {u.weight_version for u in updates} == {1}
+    text = prompt + before + tokens_of(updates)
+    want = trainer_logprobs(model, text)[-len(tokens_of(updates)) :]
+    assert torch.equal(torch.tensor(logprobs_of(updates)), want)
+    again = engine.generate([prompt], params)[0]
+    assert again.num_cached_tokens == 0 or torch.equal(
+        torch.tensor([x.logprob for x in again.outputs[0].logprobs or []]),
+        trainer_logprobs(model, prompt + again.outputs[0].token_ids)[-12:],
+    )
+
+
+def test_a_shared_prefix_is_computed_once(tmp_path):
+    model, _ = make_ours("qwen3", tmp_path)
+    shared = prompts(40)[0]
+    computed = {}
+    for caching in (False, True):
+        engine = engine_of(model, prefix_caching=caching, num_blocks=400, max_batched_tokens=48)
+        engine.generate([[*shared, i] for i in range(8)], SamplingParams(max_tokens=2, ignore_eos=True))
+        computed[caching] = engine.num_computed_tokens
+    assert computed[False] == 8 * 42 and computed[True] <= 40 + 8 * 2 + 8
+
+
+# --- parameters --------------------------------------------------------------------------------------------------
+
+
+def test_stops_and_lengths(tmp_path):
+    model, _ = make_ours("qwen2", tmp_path)
+    engine = engine_of(model)
+    (prompt,) = prompts(6)
+    plain = engine.generate([prompt], replace(LONG, temperature=0))[0].outputs[0].token_ids
+    stop = engine.generate([prompt], replace(LONG, temperature=0, stop_token_ids=(plain[3],)))[0]
+    at = plain.index(plain[3])
+    assert stop.outputs[0].token_ids == plain[: at + 1]
+    assert (stop.outputs[0].finish_reason, stop.outputs[0].stop_reason) == ("stop", plain[3])
+    engine._eos = frozenset({plain[2]})
+    ended = engine.generate([prompt], SamplingParams(max_tokens=12, temperature=0))[0].outputs[0]
+    assert ended.finish_reason == "stop" and ended.stop_reason is None and ended.token_ids == plain[: plain.index(plain[2]) + 1]
+    later = engine.generate([prompt], SamplingParams(max_tokens=12, temperature=0, min_tokens=8))[0].outputs[0]
+    assert plain[2] not in later.token_ids[:7] and len(later.token_ids) >= 8
+    two = engine.generate([prompt], replace(LONG, n=2, seed=4))[0].outputs
+    assert two[0].token_ids != two[1].token_ids
+    assert two[0].token_ids == engine.generate([prompt], replace(LONG, seed=4))[0].outputs[0].token_ids
+
+
+def test_abort_in_every_state(tmp_path):
+    model, _ = make_ours("qwen3", tmp_path)
+    engine = engine_of(model, max_num_seqs=2)
+    ids = [engine.add(p, LONG) for p in prompts(30, 5, 5)]
+    engine.step()
+    for id in ids:  # one in its prompt, one decoding, one waiting
+        engine.abort(id)
+    engine.abort(12345)
+    ended = {u.id: u.finish_reason for u in engine.step()}
+    assert ended == dict.fromkeys(ids, "abort") and not engine.has_work
+    assert engine.scheduler.pool.num_free == 79
+    assert engine.generate(prompts(3), LONG)[0].outputs[0].finish_reason == "length"
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("prompt", "params", "message"), [
+    ([], LONG, r"^prompt: has no tokens, wants at least one$"),
+    ([1, 97], LONG, r"^prompt: has token 97 at 1, wants at least 0 and below vocab_size 97$"),
+    ([-1], LONG, r"^prompt: has token -1 at 0, wants"),
+    ("text", LONG, r"^prompt: has text, wants token ids: the engine has no tokenizer$"),
+    ([1] * 60, LONG, r"prompt has 60 tokens and max_tokens 12, together 72, wants at most max_model_len 64"),
+    ([1], replace(LONG, stop=("a",)), r"^stop: has strings, wants none"),
+])  # fmt: skip
+def test_requests_that_cannot_be_served(prompt, params, message, tmp_path):
+    model, _ = make_ours("qwen3", tmp_path)
+    engine = engine_of(model)
+    id = engine.add([1, 2, 3], LONG)
+    with pytest.raises(ValueError, match=message):
+        engine.add(prompt, params)
+    assert len(tokens_of(run(engine, {id: 0})[0, 0])) == 12  # the others go on
+
+
+def test_a_request_larger_than_the_pool(tmp_path):
+    model, _ = make_ours("qwen3", tmp_path)
+    engine = engine_of(model, num_blocks=8)
+    with pytest.raises(ValueError, match=r"max_model_len 28"):
+        engine.add([1] * 20, LONG)
+
+
+def test_nan_ends_its_request_alone(tmp_path):
+    model, _ = make_ours("llama", tmp_path)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[50] = torch.nan
+    engine = engine_of(model)
+    bad, good = engine.add([1, 50], LONG), engine.add([1, 2], replace(LONG, logit_bias={50: -math.inf}))
+    found = run(engine, {bad: 0, good: 1})
+    assert found[0, 0][-1].finish_reason == "error" and "NaN" in str(found[0, 0][-1].stop_reason)
+    assert found[1, 0][-1].finish_reason == "length"
+
+
+def test_what_does_not_fit_in_memory_is_said_before_loading(tmp_path, monkeypatch):
+    make_ours("qwen3", tmp_path)
+    monkeypatch.setattr("swiftk.decoder.loading.load_model", None)
+    with pytest.raises(ValueError, match=r"^cache_gib: wants 99999\.00 GiB .*the largest that fits is --cache_gib \d"):
+        Engine(tmp_path, tokenizer=None, cache_gib=99999)
+    monkeypatch.setattr("swiftk.decoder.loading.available_bytes", lambda: 1000)
+    with pytest.raises(ValueError, match=r"^model: its weights take"):
+        Engine(tmp_path, cache_gib=1)
+
+
+def test_a_damaged_checkpoint(tmp_path):
+    make_ours("qwen3", tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"truncated|damaged|incomplete"):
+        Engine(tmp_path, **SMALL)
+
+
+def test_an_adapter_of_another_base(tmp_path):
+    one, _ = make_ours("llama", tmp_path / "llama", tuner=tuner())
+    save_adapter(one, tmp_path / "adapter", "x")
+    model, _ = make_ours("qwen3", tmp_path / "base")
+    with pytest.raises(ValueError, match=r"has shape .*wants|is missing|is not in the model"):
+        engine_of(model, adapters={"a": tmp_path / "adapter"})
+
+
+def test_options_that_do_not_go_together(tmp_path):
+    model, _ = make_ours("qwen3", tmp_path)
+    with pytest.raises(ValueError, match=r"^Engine: quant_bits, quant_head or torch_dtype has a value, wants none"):
+        Engine(model, quant_bits=4)
+    other = Model(replace(model.config, vocab_size=50), Mesh.single())
+    with pytest.raises(ValueError, match=r"^Engine: speculate has a model of vocab_size 50, wants 97"):
+        engine_of(model, speculate=other)
+
+
+def test_the_config_of_a_directory(tmp_path):
+    """Loaded from disk it gives what the live model gives."""
+    model, _ = make_ours("qwen3", tmp_path)
+    (prompt,) = prompts(8)
+    want = engine_of(model).generate([prompt], replace(LONG, seed=2))[0].outputs[0].token_ids
+    for name in ("bfloat16", "float32"):
+        engine = Engine(tmp_path, torch_dtype=name, tokenizer=None, **SMALL)
+        got = engine.generate([prompt], replace(LONG, seed=2))[0].outputs[0].token_ids
+        assert got == want or name == "bfloat16"
+    quantised = Engine(tmp_path, torch_dtype="float32", quant_bits=4, quant_head=True, **SMALL)
+    assert quantised.model.tuning.quantised and quantised.model.lm_head.codes is not None
+    assert len(quantised.generate([prompt], LONG)[0].outputs[0].token_ids) == 12
