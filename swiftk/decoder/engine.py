@@ -135,7 +135,8 @@ class Engine:
         )
         if isinstance(model, Model):
             if quant_bits or quant_head or torch_dtype:
-                raise ValueError("Engine: quant_bits, quant_head or torch_dtype has a value, wants none: a live model is as it is")
+                wants = "wants none: a live model is as it is"
+                raise ValueError(f"Engine: quant_bits, quant_head or torch_dtype has a value, {wants}")
             if adapters and model.tuning.adapted:
                 raise ValueError("Engine: adapters has names, a model with an adapter of its own wants none")
             self.model, directory = model, None
