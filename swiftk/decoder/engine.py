@@ -171,6 +171,7 @@ class Engine:
         self._ids, self._numbers = itertools.count(), itertools.count()
         self._done: list[Update] = []  # of aborts, for the next step
         self._eos = self._end_tokens(directory)
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]  # walking the modules takes 200 us
         self._known = self._weights_state()
         self.num_computed_tokens = 0  # rows of all forwards so far
 
@@ -419,7 +420,8 @@ class Engine:
     # --- the weights -------------------------------------------------------------------------------------------------
 
     def _weights_state(self) -> tuple[int, int]:
-        return self.model.weight_version, sum(p._version for p in self.model.parameters() if p.requires_grad)
+        """Changes with every step of a trainer, or of a torch optimizer on parameters that were trainable when this was made."""
+        return self.model.weight_version, sum(p._version for p in self._trained)
 
     def _follow_weights(self) -> None:
         """Where trained weights have moved: what was computed with the old ones is computed again."""
