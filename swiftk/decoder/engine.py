@@ -420,7 +420,7 @@ class Engine:
     # --- the weights -------------------------------------------------------------------------------------------------
 
     def _weights_state(self) -> tuple[int, int]:
-        """Changes with every step of a trainer, or of a torch optimizer on parameters that were trainable when this was made."""
+        """Changes with every step of a trainer, or of a torch optimizer on what was trainable when this was made."""
         return self.model.weight_version, sum(p._version for p in self._trained)
 
     def _follow_weights(self) -> None:
