@@ -45,8 +45,8 @@ class Dropout(NamedTuple):
 # --- reference ---------------------------------------------------------------------------------------------------
 
 
-def philox_ref(counter: list[torch.Tensor], key: tuple[int, int] | tuple[torch.Tensor, torch.Tensor]) -> list[torch.Tensor]:
-    """Philox4x32-10 of four int64 tensors that hold 32-bit words, by one key or by one each; they broadcast."""
+def philox_ref(counter: list[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
+    """Philox4x32-10 of four int64 tensors that hold 32-bit words, by one key."""
     word, (x0, x1, x2, x3), (k0, k1) = 0xFFFFFFFF, counter, key
     for _ in range(10):
         p, q = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # mod 2^64

@@ -50,14 +50,16 @@ class RowLogprobs(NamedTuple):
 
 def noise_ref(seeds: torch.Tensor, positions: torch.Tensor, vocab: int) -> torch.Tensor:
     """g (rows, vocab), fp64."""
-    call, word = torch.arange(-(-vocab // 4)), 0xFFFFFFFF
-    s, p = seeds[:, None], positions[:, None]
-    high, low = (
-        torch.stack(philox_ref([call, p & word, p >> 32, torch.full_like(call, last)], (s & word, s >> 32 & word)), -1)
-        for last in (2**32 - 2, 2**32 - 1)
-    )
-    n = (high << 20 | low >> 12).flatten(1)[:, :vocab]
-    return -torch.log(-torch.log1p((n.double() + 0.5) * -(2.0**-52)))
+    call, rows = torch.arange(-(-vocab // 4)), []
+    for seed, position in zip(seeds.tolist(), positions.tolist(), strict=True):
+        high, low = (
+            torch.stack(philox_ref([call, *(torch.full_like(call, c) for c in (position & 0xFFFFFFFF, position >> 32, last))],
+                                   (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)), -1).flatten()[:vocab]
+            for last in (2**32 - 2, 2**32 - 1)
+        )  # fmt: skip
+        n = high << 20 | low >> 12
+        rows.append(-torch.log(-torch.log1p((n.double() + 0.5) * -(2.0**-52))))
+    return torch.stack(rows) if rows else torch.empty(0, vocab, dtype=torch.float64)
 
 
 def kept_ref(

@@ -171,7 +171,6 @@ class Engine:
         self._ids, self._numbers = itertools.count(), itertools.count()
         self._done: list[Update] = []  # of aborts, for the next step
         self._eos = self._end_tokens(directory)
-        self._trained = [p for p in self.model.parameters() if p.requires_grad]  # walking the modules takes 200 us
         self._known = self._weights_state()
         self.num_computed_tokens = 0  # rows of all forwards so far
 
@@ -420,8 +419,7 @@ class Engine:
     # --- the weights -------------------------------------------------------------------------------------------------
 
     def _weights_state(self) -> tuple[int, int]:
-        """Changes with every step of a trainer, or of a torch optimizer on what was trainable when this was made."""
-        return self.model.weight_version, sum(p._version for p in self._trained)
+        return self.model.weight_version, sum(p._version for p in self.model.parameters() if p.requires_grad)
 
     def _follow_weights(self) -> None:
         """Where trained weights have moved: what was computed with the old ones is computed again."""

@@ -6,9 +6,13 @@ token can change it. Only the tail of the tokens is decoded again, so a token co
 
 from __future__ import annotations
 
+import codecs
 import functools
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character (yet)
@@ -133,3 +137,91 @@ class StopStrings:
         """What is still held back, where the text ends without a stop string."""
         text, self._held = self._held, ""
         return text
+
+
+class TokenStrings:
+    """What single tokens are, for lists of log-probabilities: their bytes, and a string that tells them apart.
+
+    A token that is no text by itself (part of a character) is written "bytes:\\xe2\\x82", as OpenAI's API does.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, bytes] = {}
+        self._before = tokenizer.encode("a", add_special_tokens=False)[-1:]  # a token's own leading space shows after another
+
+    def bytes(self, id: int) -> bytes:
+        """Of any token, special ones too; empty for ids beyond the tokenizer."""
+        if id not in self._known:
+            decode = functools.partial(self._tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            text = str(decode([*self._before, id]))[len(str(decode(self._before))) :]
+            name = str(self._tokenizer.convert_ids_to_tokens(id) or "")
+            if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):
+                self._known[id] = bytes.fromhex(byte[1])
+            elif REPLACEMENT in text and all(c in _byte_characters() for c in name):
+                self._known[id] = bytes(_byte_characters()[c] for c in name)
+            else:
+                self._known[id] = text.encode()
+        return self._known[id]
+
+    def text(self, id: int) -> str:
+        try:
+            return self.bytes(id).decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes(id))
+
+
+class Offsets:
+    """Where tokens begin in the text: the characters that are complete before each."""
+
+    def __init__(self, strings: TokenStrings) -> None:
+        self._strings, self._at = strings, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, ids: Iterable[int]) -> list[int]:
+        found = []
+        for id in ids:
+            found.append(self._at)
+            self._at += len(self._decoder.decode(self._strings.bytes(id)))
+        return found
+
+
+@functools.cache
+def _byte_characters() -> dict[str, int]:
+    """The letters that byte-level vocabularies write for bytes (GPT-2): printable Latin-1 as it is, the others from 256 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def chat_tokens(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Messages as the tokenizer's chat template writes them, up to where the reply begins.
+
+    Args:
+        messages: of {"role", "content"}; content is text, or a list of {"type": "text", "text"}.
+        options: further variables of the template, enable_thinking say.
+    Raises: ValueError for messages of another form, and where there is no template or it refuses them.
+    """
+    if not tokenizer.chat_template:
+        raise ValueError("messages: the tokenizer has no chat template, wants one; or give a prompt instead")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages: has {messages!r}, wants a list of at least one message")
+    plain = []
+    for number, message in enumerate(messages):
+        where = f"messages: number {number}"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f'{where} has {message!r}, wants {{"role": ..., "content": ...}}')
+        if extra := [key for key, value in message.items() if key not in ("role", "content", "name") and value is not None]:
+            raise ValueError(f"{where} has {extra[0]!r}, wants role and content only: it is not supported")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        if not all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in parts):
+            raise ValueError(f"{where} has content {content!r}, wants text: other kinds are not supported")
+        plain.append({"role": message["role"], "content": "".join(str(p["text"]) for p in parts)})
+    try:
+        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **(options or {}))
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ValueError(f"messages: the chat template refuses them ({error})") from error
+    return list(tokenizer.encode(str(text), add_special_tokens=False))

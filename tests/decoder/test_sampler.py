@@ -57,11 +57,11 @@ def plain(z, r):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_decode_of_mixed_rows(dtype):
-    """10 steps; sequences come and go; each row's token is that of the formulas alone."""
+    """20 steps; sequences come and go; each row's token is that of the formulas alone."""
     sampler = Sampler(VOCAB)
     prompts = [torch.randint(VOCAB, (5 + i,)).tolist() for i in range(len(PARAMS))]
     outputs: list[list[int]] = [[] for _ in PARAMS]
-    for step in range(10):
+    for step in range(20):
         here = [i for i in range(len(PARAMS)) if (step + i) % 7]
         rows = [row(i, outputs[i], prompts[i]) for i in here]
         logits = (3 * torch.randn(len(rows), VOCAB)).to(dtype)

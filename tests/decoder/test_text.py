@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from swiftk.decoder.text import Detokenizer, StopStrings
+from swiftk.decoder.text import Detokenizer, Offsets, StopStrings, TokenStrings, chat_tokens
 from swiftk.trainer.tokenizer import train_tokenizer
 
 TEXTS = [
@@ -202,3 +202,45 @@ def test_stop_strings_are_the_same_however_a_text_is_cut():
                     break
             results.add((sent + ("" if got else stops.flush()), got))
         assert len(results) == 1, (stop, text, results)
+
+
+@pytest.mark.parametrize("name", ["byte-level", "byte-fallback"])
+def test_bytes_of_tokens_make_the_text(name):
+    tokenizer = tokenizer_of(name)
+    strings = TokenStrings(tokenizer)
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        together = b"".join(strings.bytes(i) for i in ids).decode()
+        assert whole(tokenizer, ids, False) in (together, together[1:])  # the first token's space is shown here
+        offsets = Offsets(strings).push(ids)
+        for at, i, nxt in zip(offsets, ids, [*offsets[1:], len(together)], strict=True):
+            assert together[at:nxt] == strings.text(i) or strings.text(i).startswith("bytes:\\x") or nxt - at <= 1
+    if name == "byte-level":  # with byte fallback a letter has a token as such and one as a byte
+        assert len({strings.text(i) for i in range(len(tokenizer))}) == len(tokenizer)
+    assert strings.bytes(len(tokenizer) + 1) == b""
+    assert strings.text(tokenizer.convert_tokens_to_ids("Ã" if name == "byte-level" else "<0xC3>")) == "bytes:\\xc3"
+
+
+def test_chat_tokens():
+    tokenizer = tokenizer_of("byte-level")
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    ids = chat_tokens(tokenizer, [{"role": "system", "content": "s"}, {"role": "user", "content": parts, "name": "me"}])
+    assert tokenizer.decode(ids) == "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
+    user = {"role": "user", "content": "x"}
+    bad: dict[str, object] = {
+        "wants a list of at least one": [],
+        "wants a list": "hello",
+        "number 0 has 'hi'": ["hi"],
+        "'tool_calls'": [user | {"tool_calls": [1]}],
+        "number 1 has content None": [user, {"role": "assistant"}],
+        "other kinds are not supported": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}],
+    }
+    for error, messages in bad.items():
+        with pytest.raises(ValueError, match=error):
+            chat_tokens(tokenizer, messages)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no chat template"):
+        chat_tokens(tokenizer_of("byte-fallback"), [user])
+    refusing = train_tokenizer(TEXTS[:2] * 4, 300)
+    refusing.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="roles must alternate"):
+        chat_tokens(refusing, [user])

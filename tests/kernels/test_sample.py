@@ -56,7 +56,7 @@ def mixed(rows, vocab, dtype):
 @functools.cache
 def problems(vocab, dtype):
     """Logits, columns, and what the reference draws from them; the same for every instruction set."""
-    z, columns = mixed(20 if vocab > 128 else 60, vocab, dtype)
+    z, columns = mixed(20 if vocab > 1000 else 60, vocab, dtype)
     return z, columns, sample_ref(z, *columns)
 
 
@@ -71,10 +71,12 @@ def test_equals_the_reference(vocab, dtype, isa):
 
 @functools.cache
 def large():
-    columns = settings(3, seed=5)
-    columns[1][1], columns[2][1:] = 2000, 0.9  # more than there are chunks
-    z = 3 * torch.randn(3, 151_936)
-    z[2] *= 0.001  # all in one bucket of top-p
+    columns = [c.clone() for c in settings(6, seed=5)]
+    columns[1][1:3] = torch.tensor([20, 2000])  # less and more than there are chunks
+    columns[2][2:5] = torch.tensor([0.9, 0.5, 0.9])
+    z = 3 * torch.randn(6, 151_936)
+    z[3] *= 0.001  # all in one bucket of top-p
+    z[4] += 15 * (torch.rand(151_936) < 1e-4)  # a few tokens stand out
     return z, columns, sample_ref(z, *columns)
 
 
@@ -91,7 +93,7 @@ def test_noise_is_that_of_the_formula_and_its_ends_are_finite(monkeypatch):
         q = ((x[0] << 20 | x[1] >> 12) + 0.5) / 2**52
         assert g[0, token].item() == pytest.approx(-math.log(-math.log1p(-q)), rel=1e-15)
     for word, end in ((0, 53 * math.log(2)), (2**32 - 1, -math.log(53 * math.log(2)))):
-        monkeypatch.setattr(module, "philox_ref", lambda counter, key, w=word: [torch.full((1, 1), w)] * 4)
+        monkeypatch.setattr(module, "philox_ref", lambda counter, key, w=word: [torch.full_like(counter[0], w)] * 4)
         assert noise_ref(torch.tensor([0]), torch.tensor([0]), 1).item() == pytest.approx(end, rel=1e-12)
         assert end < 36.7369  # kMaxNoise in csrc/cpu/sample.inc
 
@@ -107,14 +109,14 @@ def philox_by_hand(counter, key):
 
 def test_noise_of_the_kernel_is_the_references(isa):
     """To 1e-12: two tokens whose scores differ by so little, one way and the other."""
-    row = torch.arange(50)
-    seeds, positions = torch.randint(-(2**62), 2**62, (50,)), torch.randint(2**40, (50,))
+    seeds, positions = torch.randint(-(2**62), 2**62, (200,)), torch.randint(2**40, (200,))
     g = noise_ref(seeds, positions, 300)
-    a, b = torch.randint(150, (50,)), 150 + torch.randint(150, (50,))
+    a, b = torch.randint(150, (200,)), 150 + torch.randint(150, (200,))
+    row = torch.arange(200)
     for above in (1e-12, -1e-12):
-        z = torch.full((50, 300), -1e3, dtype=torch.float64)
+        z = torch.full((200, 300), -1e3, dtype=torch.float64)
         z[row, a], z[row, b] = 0, g[row, a] - g[row, b] + above
-        ids = sample(z, *settings(50)[:4], seeds, positions, isa=isa)
+        ids = sample(z, *settings(200)[:4], seeds, positions, isa=isa)
         assert torch.equal(ids, b if above > 0 else a)
 
 
