@@ -111,8 +111,8 @@ class Engine:
             modules_to_save comes alone and is then the model: requests without an adapter are refused.
         torch_dtype: bfloat16 | float32 | float64; None: bf16 where the CPU has its instructions, else fp32.
         quant_bits: 4 holds the linears of the blocks in NF4; quant_head the head too. With a directory only.
-        cache_gib, num_blocks: size of the KV cache; None: room for max_num_seqs at their longest, but at most half of the
-            memory that is free.
+        cache_gib, num_blocks: size of the KV cache; None: room for max_num_seqs at their longest, but at most 4 GiB and a
+            quarter of the memory that is free.
         block_size: tokens of a block. max_num_seqs: sequences that run at once. max_batched_tokens: rows of a step.
         max_model_len: longest sequence; None: the model's max_position_embeddings, or what the cache holds.
         prefix_caching: shared prefixes are computed once.
@@ -134,6 +134,7 @@ class Engine:
             block_size=block_size, max_seqs=max_num_seqs, max_len=max_model_len, cache_gib=cache_gib, num_blocks=num_blocks
         )
         if isinstance(model, Model):
+            isa = model.isa if isa == "auto" else isa  # other instructions would add in another order
             if quant_bits or quant_head or torch_dtype:
                 wants = "wants none: a live model is as it is"
                 raise ValueError(f"Engine: quant_bits, quant_head or torch_dtype has a value, {wants}")
@@ -293,9 +294,8 @@ class Engine:
     @torch.no_grad()
     def step(self) -> list[Update]:
         """One forward: a token or more for each sequence whose prompt is read, and a piece of those that are not."""
-        updates, self._done = self._done, []
         if not self.scheduler.has_work:
-            return updates
+            return self._reported([])
         self._follow_weights()
         if self.drafter is not None and len(self.scheduler.running) <= self.speculate_up_to:
             self.drafter.propose(self.scheduler, self.num_draft_tokens)
@@ -332,10 +332,14 @@ class Engine:
             at = stop
         self.scheduler.commit(batch, commits)
         for number, update in ends:
-            updates.append(update)
-            if update.finish_reason is not None and number in self.scheduler.requests:
+            if update.finish_reason is not None:
                 self.scheduler.finish(number, update.finish_reason)
-        return updates
+        return self._reported([update for _, update in ends])
+
+    def _reported(self, updates: list[Update]) -> list[Update]:
+        """With those of aborts since the last step; what a failed step (out of memory, say) did not report is not lost."""
+        before, self._done = self._done, []
+        return before + updates
 
     def _row(self, one: _Sequence, guesses: Sequence[int] = ()) -> Row:
         """What the sampler has to know of the token after `guesses`."""

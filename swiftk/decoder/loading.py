@@ -22,6 +22,7 @@ from swiftk.model.peft_files import read_adapter
 from swiftk.parallel.mesh import Mesh
 
 GIB = 1 << 30
+DEFAULT_CACHE = 4 * GIB
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 NF4_BYTES = 0.5 + 4 / 64  # per weight: a code and its share of an fp32 absmax
 
@@ -36,11 +37,13 @@ def compute_dtype(name: str | None, isa: str) -> torch.dtype:
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError("cache_gib: has None, wants a number: this system does not say how much memory is free")
+    """Memory that can be had without swapping, of the machine and of the control group (a container's)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
+        found.append(int(text) - int(used.read_text()))
+    return min(found)
 
 
 def weight_bytes(config: ModelConfig, tuner: TunerConfig, dtype: torch.dtype, quant_head: bool) -> int:
@@ -64,7 +67,7 @@ def cache_blocks(
     num_blocks: int | None, weights: int,
 ) -> tuple[int, int]:  # fmt: skip
     """Blocks of the cache (the dummy among them) and the longest sequence. Without a size: room for all sequences at their
-    longest, but at most half of what is free beside the weights.
+    longest, but at most 4 GiB and a quarter of what is free beside the weights.
 
     Raises: ValueError for a cache that does not fit beside `weights` bytes still to be loaded.
     """
@@ -81,7 +84,7 @@ def cache_blocks(
         num_blocks = int(cache_gib * GIB / each)
     if num_blocks is None:
         wanted = max_seqs * -(-(max_len or longest) // block_size)
-        num_blocks = 1 + min(wanted, int(free / 2 / each))
+        num_blocks = 1 + min(wanted, int(min(free / 4, DEFAULT_CACHE) / each))
     if num_blocks < 2:
         raise ValueError(f"cache_gib: has room for {num_blocks} blocks, wants at least 2 ({2 * each / GIB:.3g} GiB)")
     if num_blocks * each > free:

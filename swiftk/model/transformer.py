@@ -359,7 +359,7 @@ class Model(nn.Module):
         self.specs = param_specs(config, mesh, self.tuning)
         held = frozen(tuner, {name: spec.shape for name, spec in self.specs.items()})
         trains = trainable or (lambda name: self.tuning.trains(name) and name not in held)
-        self.ops = Ops.native(isa) if ops is None else ops
+        self.ops, self.isa = Ops.native(isa) if ops is None else ops, isa
         master = torch.promote_types(compute_dtype, torch.float32)
 
         def new(name: str) -> nn.Parameter | None:

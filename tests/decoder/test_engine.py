@@ -57,7 +57,7 @@ def trainer_logprobs(model: Model, tokens: list[int]) -> torch.Tensor:
         ids = torch.tensor(tokens)
         hidden = model(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32))
         weight, adapter, _ = model.head()
-        return token_logprobs(hidden[:-1], weight, ids[1:], adapter=adapter)
+        return token_logprobs(hidden[:-1], weight, ids[1:], adapter=adapter, isa=model.isa)
 
 
 # --- the trainer, transformers -----------------------------------------------------------------------------------
@@ -415,6 +415,15 @@ def test_options_that_do_not_go_together(tmp_path):
     other = Model(replace(model.config, vocab_size=50), Mesh.single())
     with pytest.raises(ValueError, match=r"^Engine: speculate has a model of vocab_size 50, wants 97"):
         engine_of(model, speculate=other)
+
+
+def test_a_live_model_keeps_its_instruction_set(tmp_path):
+    model, _ = make_ours("qwen3", tmp_path, isa="portable")
+    engine = engine_of(model)
+    assert engine.forward.isa == "portable"
+    done = engine.generate(prompts(9), replace(LONG, logprobs=0))[0]
+    want = trainer_logprobs(model, done.prompt_token_ids + done.outputs[0].token_ids)[-12:]
+    assert torch.equal(torch.tensor([x.logprob for x in done.outputs[0].logprobs or []]), want)
 
 
 def test_the_config_of_a_directory(tmp_path):
