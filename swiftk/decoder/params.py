@@ -37,7 +37,7 @@ class SamplingParams:
         self._integer("max_tokens", 1)
         self._integer("min_tokens", 0, self.max_tokens, f"0 to max_tokens ({self.max_tokens})")
         self._number("temperature", 0, 3e38, "a finite number >= 0 (0: the most likely token)")
-        self._integer("top_k", 0, want="an integer of at least 0 (0: off)")
+        self._integer("top_k", 0, 2**31 - 1, "an integer of at least 0 (0: off)")
         self._number("top_p", 0, 1, "0 < top_p <= 1 (1: off)")
         if self.top_p == 0:
             self._refuse("top_p", "0 < top_p <= 1 (1: off); for the most likely token set temperature 0")
@@ -56,7 +56,7 @@ class SamplingParams:
                 if not _is(token, int) or not 0 <= token < vocab_size:
                     raise ValueError(f"{name}: has token {token!r}, wants 0 to {vocab_size - 1} (vocab_size - 1)")
         for token, bias in self.logit_bias.items():
-            if not _is(bias, int | float) or not bias < 3e38:  # NaN too
+            if not _is(bias, int | float) or not (-3e38 <= bias <= 3e38 or bias == -math.inf):  # NaN too
                 raise ValueError(f"logit_bias: has {bias!r} for token {token}, wants a finite number, or -inf for a banned one")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
