@@ -240,7 +240,9 @@ def machine_name(device: str = "cpu") -> str:
 
 def environment(options: Options) -> dict[str, Any]:
     versions: dict[str, str] = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("triton", "transformers", "liger_kernel", "flash_attn", "torchao", "bitsandbytes", "peft"):
+    for package in (
+        "triton", "transformers", "liger_kernel", "flash_attn", "torchao", "bitsandbytes", "peft", "llama_cpp_python",
+    ):  # fmt: skip
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -123,8 +123,28 @@ def memory_markdown(r: dict[str, Any]) -> str:
     return "\n".join(lines + [f"| {name} | {mib:.0f} |" for name, mib in rows])
 
 
+def decode_markdown(results: list[dict[str, Any]]) -> str:
+    """One row per case of `python -m swiftk.bench decode`."""
+    made = sorted({f"{r['environment']['threads']} threads, commit {r['commit']}" for r in results})
+    lines = [f"The decoder ({'; '.join(made)}):", ""]
+    head = ["work", "case", "dtype", "swiftk", "MB moved", "of bandwidth", "of matmul", "self-pair", "peer's time / ours"]
+    head.append("beside it")
+    lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for r in (record for result in results for record in result["decode"]):
+        matmul = "" if r["percent_of_matmul"] is None else f"{r['percent_of_matmul']:.0f} %"
+        against = ", ".join(
+            f"{name} {ratio:.2f}x ({min(r['ratio_runs'][name]):.2f} .. {max(r['ratio_runs'][name]):.2f})"
+            for name, ratio in r["ratios"].items()
+        )
+        cells = [r["work"], r["case"], r["dtype"], f"{r['value']:.4g} {r['unit']}", f"{r['megabytes']:.3g}"]
+        cells += [f"{r['percent_of_bandwidth']:.0f} %", matmul, f"{100 * r['self_spread']:.0f} %", against]
+        cells.append("; ".join(f"{name} {value}" for name, value in r["facts"].items()))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _machines(results: Path) -> list[tuple[str, list[dict[str, Any]], list[str]]]:
-    """(heading, records, tables of training steps and of memory) per machine that has results."""
+    """(heading, records, tables of training steps, memory and the decoder) per machine that has results."""
     found = []
     for folder in sorted(p for p in results.iterdir() if p.is_dir() and list(p.glob("kernels-*.json"))):
         metas = [json.loads(path.read_text()) for path in sorted(folder.glob("kernels-*.json"))]
@@ -136,6 +156,8 @@ def _machines(results: Path) -> list[tuple[str, list[dict[str, Any]], list[str]]
         tables = [training_markdown(steps)] if steps else []
         if (memory := folder / "memory.json").is_file():
             tables.append(memory_markdown(json.loads(memory.read_text())))
+        if works := [json.loads(path.read_text()) for path in sorted(folder.glob("decode-*.json"))]:
+            tables.append(decode_markdown(works))
         found.append((heading, load(folder), tables))
     return found
 

@@ -1,6 +1,6 @@
-"""Microbenchmarks with their peers, the time (train) and the memory (memory) of a training step, and what `make gpu` runs;
-from the source tree, where benchmarks/ lies. Values are checked before anything is timed; --save keeps the JSON, `readme`
-writes README's tables."""
+"""Microbenchmarks with their peers, the time (train) and the memory (memory) of a training step, the decoder (decode), and what
+`make gpu` runs; from the source tree, where benchmarks/ lies. Values are checked before anything is timed; --save keeps the
+JSON, `readme` writes README's tables."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def run_kernels(options: Options, only: list[str], keep: bool, plot: Path | None
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m swiftk.bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("what", nargs="?", choices=["kernels", "train", "memory", "gpu", "readme"], default="kernels")
-    parser.add_argument("--only", nargs="+", default=[], metavar="OP")
+    parser.add_argument("what", nargs="?", choices=["kernels", "train", "memory", "decode", "gpu", "readme"], default="kernels")
+    parser.add_argument("--only", nargs="+", default=[], metavar="OP", help="of kernels: ops; of decode: works")
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these peers (none: no peer); default: all installed")
     parser.add_argument("--isa", default="auto", choices=["auto", "avx512", "avx2", "portable"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="*", default=[], help="of `gpu`: build, test, bench-<op>")
     parser.add_argument("--quick", action="store_true", help="smallest shapes, one run: tests the benchmark, not the speed")
     args, rest = parser.parse_known_args(argv)
-    if rest and args.what not in ("train", "memory"):
+    if rest and args.what not in ("train", "memory", "decode"):
         parser.error(f"unknown arguments {' '.join(rest)}")
     if args.compare:
         print(report.compare(*args.compare))
@@ -114,6 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         keep_freed_memory()
         return run_kernels(options, args.only, args.save, args.plot)
     keep = (lambda name, payload: save(name, options, payload)) if args.save else None
+    if args.only:
+        rest += ["--only", *args.only]
     importlib.import_module(f"swiftk.benchmarks.bench_{args.what}").run(options, rest, keep)
     return 0
 

@@ -1,0 +1,662 @@
+"""The paged decoder against llama.cpp and transformers, and against itself with a part of it switched off.
+
+    single-nf4    one sequence, Qwen3-0.6B shape, NF4 with the head in NF4; llama.cpp Q4_0
+    single        the same shape in the compute dtype; transformers `generate`
+    single-small  the 29 M model of the training benchmark; transformers `generate`
+    batch         64 requests of random lengths in and out, 29 M; transformers: static batches of 16, continuous batching
+    prefill       time to the first token of a 512-token prompt, Qwen3-0.6B shape, plain and NF4; llama.cpp, transformers
+    lora          an unmerged adapter of rank 16 on all linears; the base alone
+    prefix        32 requests that share 512 tokens; without the prefix cache
+    speculation   prompt look-up on text that copies, one sequence; without drafts
+    invariance    row-invariant linears; the same engine with torch.matmul's vendor, and with the faster of both per product
+
+Values come before time: our log-probabilities are the trainer's, bit for bit, greedy text in fp32 is transformers', the Q4_0
+model's logits are those of its dequantised weights up to llama.cpp's 8-bit activations. All take torch's number of threads.
+Ours, ours again (the self-pair: the noise floor) and each peer are interleaved, in three runs; medians. One sequence is timed
+from its first new token to its last, requests from their arrival to the last token of all. Weights are random (seed 0), no
+sequence ends before its length.
+
+Bytes of a step: each weight that multiplies once (NF4: half a byte and 4/64 for absmax), and of the cache what each row reads:
+    2 layers kv_heads head_dim itemsize   per token before it and itself
+bf16, where the CPU has it, for both; else fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from swiftk.benchmarks.bench_train import SMALL, Save, step_dtype
+from swiftk.benchmarks.decode_peers import Decoded, LlamaCpp, Transformers, installed, q4_0_values, write_gguf
+from swiftk.benchmarks.decode_variants import copying_model, vendor_products
+from swiftk.benchmarks.harness import Limits, Options
+from swiftk.config import TunerConfig
+from swiftk.decoder.engine import Engine
+from swiftk.decoder.loading import NF4_BYTES, token_bytes
+from swiftk.decoder.params import SamplingParams
+from swiftk.kernels.linear_cross_entropy import token_logprobs
+from swiftk.model import Model, ModelConfig, save_adapter, save_checkpoint
+from swiftk.model.adapter import linear_shapes
+from swiftk.parallel.mesh import Mesh
+
+RUNS = 3
+SEED = 0  # of weights and prompts
+RANK = 16
+BIG = ModelConfig(
+    model_type="qwen3", vocab_size=32000, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+    num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, rope_theta=1e6,
+    tie_word_embeddings=True, qk_norm=True,
+)  # fmt: skip
+TINY = ModelConfig(
+    model_type="qwen3", vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, rope_theta=1e6, tie_word_embeddings=True, qk_norm=True,
+)  # fmt: skip
+PLAIN, NF4 = TunerConfig(tuner_type="none"), TunerConfig(tuner_type="none", quant_method="bnb", quant_bits=4)
+LORA = TunerConfig(tuner_type="lora", lora_rank=RANK, lora_alpha=2 * RANK)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of each work; `--quick` has its own."""
+
+    big: ModelConfig = BIG
+    small: ModelConfig = SMALL
+    prompt: int = 16  # tokens, of single sequences
+    new_nf4: int = 64
+    new_big: int = 24
+    new_small: int = 128
+    requests: int = 64
+    lengths: tuple[int, int] = (100, 400)  # of their prompts and outputs
+    static: int = 16  # sequences of a batch of transformers
+    continuous: int = 16  # requests that its continuous batching is timed on, once
+    part: int = 32  # of the requests, for lora and invariance
+    prefill: int = 512
+    shared: int = 512
+    sharing: int = 32
+    copied: int = 256
+    runs: int = RUNS
+
+
+QUICK = Sizes(
+    big=TINY, small=TINY, prompt=5, new_nf4=4, new_big=4, new_small=4, requests=4, lengths=(3, 9), static=2, continuous=2,
+    part=3, prefill=40, shared=40, sharing=3, copied=24, runs=1,
+)  # fmt: skip
+
+
+# --- ours --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Served(Decoded):
+    """Decoded, and what the engine did for it."""
+
+    steps: int = 0
+    rows: int = 0
+    logprobs: list[list[float]] = field(default_factory=list)  # of the tokens, where params ask for them
+
+
+def serve(
+    engine: Engine, prompts: Sequence[Sequence[int]], new: Sequence[int], adapter: str | None = None, **params: Any
+) -> Served:
+    """All requests at once; greedy unless params say otherwise."""
+    params = {"temperature": 0.0, "seed": SEED} | params
+    rows, begin = engine.num_computed_tokens, time.perf_counter()
+    place = {
+        engine.add(p, SamplingParams(max_tokens=n, ignore_eos=True, **params), adapter=adapter): i
+        for i, (p, n) in enumerate(zip(prompts, new, strict=True))
+    }
+    done = Served([[] for _ in prompts], [[] for _ in prompts], logprobs=[[] for _ in prompts])
+    while engine.has_work:
+        updates, now = engine.step(), time.perf_counter() - begin
+        done.steps += 1
+        for update in updates:
+            assert update.finish_reason in (None, "length"), f"a request ended with {update.finish_reason} {update.stop_reason}"
+            done.tokens[place[update.id]] += update.token_ids
+            done.stamps[place[update.id]] += [now] * len(update.token_ids)
+            done.logprobs[place[update.id]] += [one.logprob for one in update.logprobs or []]
+    done.seconds, done.rows = time.perf_counter() - begin, engine.num_computed_tokens - rows
+    return done
+
+
+def after_first(done: Decoded) -> float:
+    """Seconds per token of one sequence, from its first token to its last."""
+    (stamps,) = done.stamps
+    return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+
+
+def over_all(done: Decoded) -> float:
+    return done.seconds / done.count
+
+
+def to_first(done: Decoded) -> float:
+    """Mean seconds to the first token."""
+    return statistics.mean(stamps[0] for stamps in done.stamps)
+
+
+# --- measurement -------------------------------------------------------------------------------------------------
+
+Timed = dict[str, Callable[[], float]]  # name -> seconds per token, or to the first one
+
+
+@dataclass
+class Bench:
+    """What works share: sizes, limits, and models and peers that are made when first asked for."""
+
+    options: Options
+    sizes: Sizes
+    dtype: torch.dtype
+    folder: Path
+    limits: Limits
+    _made: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def wants(self, peer: str) -> bool:
+        packages = {"transformers": ("transformers",), "llama.cpp": ("llama_cpp", "gguf")}[peer]
+        if not self.options.wants(peer):
+            return False
+        if not installed(*packages):
+            print(f"{' and '.join(packages)} not installed: without {peer}", file=sys.stderr)
+            return False
+        return True
+
+    def model(self, config: ModelConfig, tuner: TunerConfig = PLAIN) -> Model:
+        """Its head in NF4 too, where tuner is NF4."""
+
+        def make() -> Model:
+            model = Model(
+                config, Mesh.single(), compute_dtype=self.dtype, seed=SEED, isa=self.options.isa, tuner=tuner,
+                trainable=lambda name: False,
+            )  # fmt: skip
+            if tuner is NF4:
+                model.quantise_head()
+            return model
+
+        return self.once((config, tuner), make)
+
+    def engine(self, model: Model, tokens: int, seqs: int = 1, **more: Any) -> Engine:
+        """With room for `seqs` sequences of `tokens` tokens (and for those of the checks)."""
+        tokens = max(tokens, 64)
+        blocks = 1 + (seqs + 1) * (-(-tokens // 16) + 4)  # more than all have at once: admission keeps some free
+        sizes: dict[str, Any] = dict(
+            num_blocks=blocks, max_model_len=tokens, max_num_seqs=seqs, prefix_caching=False, isa=self.options.isa
+        )
+        return Engine(model, **sizes | more)
+
+    def transformers(self, config: ModelConfig) -> Transformers:
+        """On our weights, by way of the disk, checked against ours."""
+
+        def make() -> Transformers:
+            directory, model = self.folder / f"hf-{config.num_hidden_layers}-{config.hidden_size}", self.model(config)
+            save_checkpoint(model, directory)
+            peer = Transformers(directory, self.dtype)
+            check_transformers(self.engine(model, 128), peer)
+            return peer
+
+        return self.once((config, "transformers"), make)
+
+    def llama(self) -> LlamaCpp:
+        def make() -> LlamaCpp:
+            check_llama(self)
+            path = self.folder / "big.gguf"
+            tensors, size = write_gguf(self.model(self.sizes.big), path)
+            peer = LlamaCpp(path, self.sizes.big, 1024, 512)
+            peer.facts["llama.cpp Q4_0"] = f"{tensors} tensors, {size / 1e6:.1f} MB (embedding and head apart)"
+            return peer
+
+        return self.once("llama", make)
+
+    def adapter(self, config: ModelConfig) -> Path:
+        """A directory with an adapter whose B is not zero."""
+
+        def make() -> Path:
+            model = Model(config, Mesh.single(), compute_dtype=self.dtype, seed=None, tuner=LORA)  # the base stays untouched
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if name.endswith("lora_B"):
+                        p.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(len(name)))
+            save_adapter(model, self.folder / f"lora-{config.hidden_size}", "base")
+            return self.folder / f"lora-{config.hidden_size}"
+
+        return self.once((config, "adapter"), make)
+
+
+def interleave(timed: Timed, runs: int) -> dict[str, list[float]]:
+    """Each once per run, in reversed order in every second; a run before them is not counted."""
+    for f in dict.fromkeys(timed.values()):
+        f()
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    for run in range(runs):
+        for name in list(timed) if run % 2 == 0 else list(reversed(timed)):
+            seconds[name].append(timed[name]())
+    return seconds
+
+
+def record(
+    bench: Bench, work: str, case: str, seconds: dict[str, list[float]], *, bytes: float, flops: float = 0,
+    unit: str = "tokens/s", goals: dict[str, float] | None = None, facts: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """unit: "tokens/s", for seconds per token, or "s", for seconds. bytes and flops are those of `seconds`.
+    goals: peer -> at least this ratio; "bandwidth" -> percent of it."""
+    ours = seconds["swiftk"]
+    s = statistics.median(ours)
+    ratios = {
+        name: [p / o for p, o in zip(taken, ours, strict=True)] if len(taken) == len(ours) else [taken[0] / s]
+        for name, taken in seconds.items()
+        if name not in ("swiftk", "self")
+    }
+
+    def shown(value: float) -> float:
+        return float(f"{value if unit == 's' else 1 / value:.4g}")
+
+    dtype = str(bench.dtype).removeprefix("torch.")
+    bandwidth, limit = bench.limits.bandwidth(), bench.limits.matmul(bench.dtype) if flops else None
+    return {
+        "work": work, "case": case, "dtype": dtype, "unit": unit, "value": shown(s), "runs": [shown(x) for x in ours],
+        "self_spread": max(abs(b / a - 1) for a, b in zip(ours, seconds["self"], strict=True)),
+        "megabytes": bytes / 1e6, "gb_per_s": bytes / s / 1e9, "percent_of_bandwidth": 100 * bytes / s / bandwidth,
+        "percent_of_matmul": None if limit is None else 100 * flops / s / limit,
+        "peers": {name: shown(statistics.median(seconds[name])) for name in ratios},
+        "ratios": {name: statistics.median(found) for name, found in ratios.items()}, "ratio_runs": ratios,
+        "goals": goals or {}, "facts": facts or {},
+    }  # fmt: skip
+
+
+# --- what a step moves and computes ------------------------------------------------------------------------------
+
+
+def matrix_elements(config: ModelConfig) -> int:
+    """Of all linears and the head: each multiplies every row (the head those that sample)."""
+    return sum(n * k for n, k in linear_shapes(config).values()) + config.vocab_size * config.hidden_size
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, nf4: bool) -> float:
+    return matrix_elements(config) * (NF4_BYTES if nf4 else dtype.itemsize)
+
+
+def single_bytes(config: ModelConfig, dtype: torch.dtype, nf4: bool, prompt: int, new: int) -> float:
+    """Per token at the mean context of tokens 2 .. new."""
+    return weight_bytes(config, dtype, nf4) + token_bytes(config, dtype) * (prompt + (new + 1) / 2)
+
+
+def batch_bytes(config: ModelConfig, dtype: torch.dtype, steps: int, prompts: list[list[int]], new: list[int]) -> float:
+    """Per new token: weights once a step, the cache for each decoding row, the prompts' keys and values once."""
+    read = sum(sum(range(len(p) + 1, len(p) + n)) + len(p) for p, n in zip(prompts, new, strict=True))
+    return (steps * weight_bytes(config, dtype, False) + read * token_bytes(config, dtype)) / sum(new)
+
+
+def prefill_flops(config: ModelConfig, tokens: int) -> float:
+    """Two per weight and token (the head: one token), four per query, key and feature of the causal half of attention."""
+    head = config.vocab_size * config.hidden_size
+    attention = 4 * config.num_attention_heads * config.head_dim * (tokens * (tokens + 1) // 2) * config.num_hidden_layers
+    return 2 * (matrix_elements(config) - head) * tokens + 2 * head + attention
+
+
+def random_prompts(config: ModelConfig, lengths: Sequence[int], seed: int = SEED) -> list[list[int]]:
+    random = np.random.default_rng([SEED, seed])
+    return [random.integers(0, config.vocab_size, n).tolist() for n in lengths]
+
+
+def random_requests(sizes: Sizes, first: int) -> tuple[list[list[int]], list[int]]:
+    """The first ones of them all."""
+    low, high = sizes.lengths
+    lengths = np.random.default_rng(SEED).integers(low, high + 1, (2, sizes.requests)).tolist()
+    return random_prompts(sizes.small, lengths[0])[:first], lengths[1][:first]
+
+
+# --- values ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_trainer(engine: Engine) -> None:
+    """The log-probabilities of a greedy text are those of the trainer's forward on it, bit for bit."""
+    (prompt,) = random_prompts(engine.config, [21])
+    done = serve(engine, [prompt], [9], logprobs=0)
+    tokens = prompt + done.tokens[0]
+    ids, model = torch.tensor(tokens), engine.model
+    hidden = model(ids[:-1], torch.arange(len(ids) - 1), torch.tensor([0, len(ids) - 1], dtype=torch.int32))
+    expected = token_logprobs(hidden, model.head().weight, ids[1:])[len(prompt) - 1 :]
+    equal = torch.equal(torch.tensor(done.logprobs[0], dtype=expected.dtype), expected)
+    assert equal, "the decoder's log-probabilities are not the trainer's"
+
+
+def check_transformers(engine: Engine, peer: Transformers) -> None:
+    """In fp32 the same greedy text; log-probabilities to 1e-3, in bf16 to 0.1."""
+    check_trainer(engine)
+    for prompt in random_prompts(engine.config, [5, 40]):
+        done = serve(engine, [prompt], [12], logprobs=0)
+        (mine,), (found,) = done.tokens, done.logprobs
+        if engine.model.compute_dtype == torch.float32:
+            (theirs,) = peer.generate([prompt], 12).tokens
+            assert mine == theirs, f"greedy text: swiftk {mine}, transformers {theirs}"
+        bound = 1e-3 if engine.model.compute_dtype == torch.float32 else 0.1
+        worst = (torch.tensor(found) - peer.logprobs(prompt + mine)[len(prompt) - 1 :]).abs().max().item()
+        assert worst <= bound, f"log-probabilities: {worst:.2g} from transformers', bound {bound}"
+
+
+def check_llama(bench: Bench) -> None:
+    """Two blocks of the shape: llama.cpp's logits and ours on the values of its Q4_0 weights, up to its 8-bit activations
+    (cosine of 0.999; of another token's logits it is near 0)."""
+    big = bench.sizes.big
+    config = dataclasses.replace(big, num_hidden_layers=2, layer_types=big.layer_types[:2])
+    model = Model(config, Mesh.single(), compute_dtype=torch.float32, seed=SEED, trainable=lambda name: False)
+    write_gguf(model, bench.folder / "two.gguf")
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.copy_(q4_0_values(p))
+        (prompt,) = random_prompts(config, [33])
+        hidden = model(torch.tensor(prompt), torch.arange(33), torch.tensor([0, 33], dtype=torch.int32))
+        expected = model.logits(hidden[-1:])[0]
+    peer = LlamaCpp(bench.folder / "two.gguf", config, 64, 64)
+    cosine = torch.cosine_similarity(peer.logits(prompt), expected, dim=0).item()
+    peer.close()
+    assert cosine > 0.999, f"logits of llama.cpp and of its weights have a cosine of {cosine:.5f}, wants 0.999"
+
+
+# --- the works ---------------------------------------------------------------------------------------------------
+
+
+def single_nf4(bench: Bench) -> list[dict[str, Any]]:
+    sizes, config = bench.sizes, bench.sizes.big
+    new, (prompt,) = sizes.new_nf4, random_prompts(config, [sizes.prompt])
+    model = bench.model(config, NF4)
+    engine = bench.engine(model, 256)
+    check_trainer(engine)
+    mine = lambda: after_first(serve(engine, [prompt], [new]))  # noqa: E731
+    timed: Timed = {"swiftk": mine, "self": mine}
+    quantised = len(linear_shapes(config)) + 1
+    facts: dict[str, Any] = {"swiftk NF4": f"{quantised} tensors, {weight_bytes(config, bench.dtype, True) / 1e6:.1f} MB"}
+    if bench.wants("llama.cpp"):
+        peer = bench.llama()
+        facts |= peer.facts
+        timed["llama.cpp Q4_0"] = lambda: after_first(peer.generate(prompt, new))
+    size = single_bytes(config, bench.dtype, True, sizes.prompt, new)
+    case = f"{shape(config)}, NF4 and NF4 head, {new} tokens"
+    seconds = interleave(timed, sizes.runs)
+    return [record(bench, "single-nf4", case, seconds, bytes=size, goals={"llama.cpp Q4_0": 1.15}, facts=facts)]
+
+
+def single(bench: Bench, work: str, config: ModelConfig, new: int, goals: dict[str, float]) -> list[dict[str, Any]]:
+    sizes, (prompt,) = bench.sizes, random_prompts(config, [bench.sizes.prompt])
+    engine = bench.engine(bench.model(config), 256)
+    check_trainer(engine)
+    mine = lambda: after_first(serve(engine, [prompt], [new]))  # noqa: E731
+    timed: Timed = {"swiftk": mine, "self": mine}
+    facts: dict[str, Any] = {}
+    if bench.wants("transformers"):
+        peer = bench.transformers(config)
+        facts["attention of transformers"] = peer.best(lambda: peer.generate([prompt], min(8, new)))
+        timed["transformers"] = lambda: after_first(peer.generate([prompt], new))
+    size = single_bytes(config, bench.dtype, False, sizes.prompt, new)
+    case = f"{shape(config)}, {new} tokens"
+    return [record(bench, work, case, interleave(timed, sizes.runs), bytes=size, goals=goals, facts=facts)]
+
+
+def batch(bench: Bench) -> list[dict[str, Any]]:
+    sizes, config = bench.sizes, bench.sizes.small
+    prompts, new = random_requests(sizes, sizes.requests)
+    engine = bench.engine(bench.model(config), 2 * sizes.lengths[1], min(sizes.requests, 64))
+    check_trainer(engine)
+    steps = serve(engine, prompts, new).steps
+    mine = lambda: over_all(serve(engine, prompts, new))  # noqa: E731
+    timed: Timed = {"swiftk": mine, "self": mine}
+    facts: dict[str, Any] = {"tokens in": sum(map(len, prompts)), "tokens out": sum(new)}
+    once: dict[str, list[float]] = {}
+    if bench.wants("transformers"):
+        peer = bench.transformers(config)
+        some = prompts[: sizes.static]
+        facts["attention of transformers"] = peer.best(lambda: peer.generate(some, min(16, max(new))))
+        timed["transformers static"] = lambda: over_all(peer.static_batches(prompts, new, sizes.static))
+        few = slice(sizes.continuous)
+        peer.continuous(prompts[:1], [2])
+        once["transformers continuous"] = [over_all(peer.continuous(prompts[few], new[few]))]
+        facts["continuous batching"] = f"once, of {sizes.continuous} requests"
+    seconds = interleave(timed, sizes.runs) | once
+    size = batch_bytes(config, bench.dtype, steps, prompts, new)
+    flops = sum(prefill_flops(config, len(p) + n) for p, n in zip(prompts, new, strict=True)) / sum(new)
+    goals = {"transformers static": 3.0, "transformers continuous": 20.0}
+    low, high = sizes.lengths
+    case = f"{shape(config)}, {sizes.requests} requests, {low}-{high} tokens in and out"
+    return [record(bench, "batch", case, seconds, bytes=size, flops=flops, goals=goals, facts=facts)]
+
+
+def prefill(bench: Bench) -> list[dict[str, Any]]:
+    sizes, config = bench.sizes, bench.sizes.big
+    n, (prompt,) = sizes.prefill, random_prompts(config, [sizes.prefill])
+    peers: Timed = {}
+    facts: dict[str, Any] = {}
+    if bench.wants("transformers"):
+        hf = bench.transformers(config)
+        facts["attention of transformers"] = hf.best(lambda: hf.generate([prompt], 1))
+        peers["transformers"] = lambda: hf.generate([prompt], 1).seconds / n
+    if bench.wants("llama.cpp"):
+        llama = bench.llama()
+        peers["llama.cpp Q4_0"] = lambda: llama.generate(prompt, 1).seconds / n
+    engines = {
+        kind: bench.engine(bench.model(config, tuner), n + 16, max_batched_tokens=n)
+        for kind, tuner in (("plain", PLAIN), ("NF4", NF4))
+    }
+    timed: Timed = {
+        kind: functools.partial(lambda e: serve(e, [prompt], [1]).seconds / n, engine) for kind, engine in engines.items()
+    }
+    timed |= {f"{kind} again": f for kind, f in timed.items()} | peers
+    seconds = interleave(timed, sizes.runs)
+    return [
+        record(
+            bench, "prefill", f"{shape(config)}, {kind}, {n} tokens",
+            {"swiftk": seconds[kind], "self": seconds[f"{kind} again"], **{name: seconds[name] for name in peers}},
+            bytes=weight_bytes(config, bench.dtype, kind == "NF4") / n + token_bytes(config, bench.dtype),
+            flops=prefill_flops(config, n) / n, goals={name: 1.4 for name in peers}, **facts,
+        )
+        for kind in engines
+    ]  # fmt: skip
+
+
+def lora(bench: Bench) -> list[dict[str, Any]]:
+    sizes, longest = bench.sizes, 2 * max(bench.sizes.lengths[1], 128)
+    prompts, new = random_requests(sizes, sizes.part)
+
+    def against_base(case: str, model: Model, prompts, new, per: Callable[[Decoded], float], moved) -> dict[str, Any]:
+        config = model.config
+        adapters = {"a": bench.adapter(config)}
+        engine = bench.engine(model, longest, len(prompts), adapters=adapters)
+        adapted, base = (serve(engine, prompts, new, adapter=a, logprobs=0) for a in ("a", None))
+        assert adapted.logprobs != base.logprobs, "the adapter changes nothing"
+        mine = lambda: per(serve(engine, prompts, new, adapter="a"))  # noqa: E731
+        seconds = interleave(
+            {"swiftk": mine, "self": mine, "without adapter": lambda: per(serve(engine, prompts, new))}, sizes.runs
+        )
+        a_and_b = sum(RANK * (n + k) for n, k in linear_shapes(config).values()) * bench.dtype.itemsize
+        size = moved(adapted.steps) + a_and_b * (1 if len(prompts) == 1 else adapted.steps / sum(new))
+        goals = {"without adapter": 0.9}
+        return record(bench, "lora", f"{shape(config)}, {case}", seconds, bytes=size, goals=goals, facts={"rank": RANK})
+
+    found = []
+    for config, tuner, name, count in (
+        (sizes.big, NF4, "NF4, ", sizes.new_nf4), (sizes.small, PLAIN, "", sizes.new_small),
+    ):  # fmt: skip
+        size = single_bytes(config, bench.dtype, tuner is NF4, sizes.prompt, count)
+        one = random_prompts(config, [sizes.prompt])
+        case = f"{name}one sequence, {count} tokens"
+        found.append(against_base(case, bench.model(config, tuner), one, [count], after_first, lambda _, size=size: size))
+    small = sizes.small
+    found.append(against_base(
+        f"{len(prompts)} requests", bench.model(small), prompts, new, over_all,
+        lambda steps: batch_bytes(small, bench.dtype, steps, prompts, new),
+    ))  # fmt: skip
+    return found
+
+
+def prefix(bench: Bench) -> list[dict[str, Any]]:
+    sizes, config = bench.sizes, bench.sizes.small
+    tail, new = 32, 16
+    total, runs = sizes.shared + tail + new, itertools.count(1)
+    rows: dict[bool, int] = {}
+    engines = {
+        caching: bench.engine(bench.model(config), total, sizes.sharing, prefix_caching=caching) for caching in (True, False)
+    }
+
+    def first(caching: bool) -> float:
+        seed = next(runs)  # another prefix each time: none is in the cache when its requests arrive
+        (shared,) = random_prompts(config, [sizes.shared], seed)
+        prompts = [shared + own for own in random_prompts(config, [tail] * sizes.sharing, seed + 1000)]
+        done = serve(engines[caching], prompts, [new] * sizes.sharing)
+        rows[caching] = done.rows - sizes.sharing * (new - 1)
+        return to_first(done)
+
+    timed = {"swiftk": lambda: first(True), "self": lambda: first(True), "no prefix cache": lambda: first(False)}
+    seconds = interleave(timed, sizes.runs)
+    case = f"{shape(config)}, {sizes.sharing} requests, {sizes.shared} tokens shared, {tail} own; mean time to first token"
+    size = weight_bytes(config, bench.dtype, False) * -(-rows[True] // 512)
+    facts = {"prompt tokens computed": rows[True], "without": rows[False], "fewer by": f"{rows[False] / rows[True]:.1f}x"}
+    goals = {"no prefix cache": 1 / 0.3}
+    return [record(bench, "prefix", case, seconds, unit="s", bytes=size, flops=rows[True] * prefill_flops(config, 544) / 544,
+                   goals=goals, facts=facts)]  # fmt: skip
+
+
+def speculation(bench: Bench) -> list[dict[str, Any]]:
+    sizes, config, n = bench.sizes, bench.sizes.small, bench.sizes.copied
+    (document,) = random_prompts(config, [n])
+
+    def against_none(case: str, model: Model, prompt: list[int], temperature: float, goals: dict[str, float]) -> dict[str, Any]:
+        plain, drafting = (bench.engine(model, 2 * n + 64, speculate=kind) for kind in (None, "ngram"))
+        run = functools.partial(serve, prompts=[prompt], new=[n], temperature=temperature)
+        with_drafts, without = run(drafting), run(plain)
+        assert with_drafts.tokens == without.tokens, "speculation changed the text"
+        steps = with_drafts.steps - 1  # the first reads the prompt and gives a token
+        drafted, taken = with_drafts.rows - len(prompt) - steps, n - 1 - steps
+        mine = lambda: after_first(run(drafting))  # noqa: E731
+        seconds = interleave({"swiftk": mine, "self": mine, "no drafts": lambda: after_first(run(plain))}, sizes.runs)
+        size = single_bytes(config, bench.dtype, False, len(prompt), n) * steps / (n - 1)
+        facts = {
+            "drafts": drafted, "accepted": f"{100 * taken / max(1, drafted):.0f} %", "tokens a step": f"{(n - 1) / steps:.2f}",
+        }  # fmt: skip
+        return record(bench, "speculation", f"{shape(config)}, {case}", seconds, bytes=size, goals=goals, facts=facts)
+
+    copier = copying_model(config, bench.dtype, bench.options.isa, SEED)
+    return [
+        against_none("a text that is copied", copier, document + document[:2], 1.0, {"no drafts": 1.8}),
+        # random weights would give one token for ever: at this temperature any one
+        against_none("text without repetition", bench.model(config), document, 100.0, {}),
+    ]
+
+
+def invariance(bench: Bench) -> list[dict[str, Any]]:
+    sizes, small, big = bench.sizes, bench.sizes.small, bench.sizes.big
+
+    def against_vendor(case: str, config: ModelConfig, prompts, new, per: Callable[[Served], float], moved) -> dict[str, Any]:
+        longest = max(len(p) + n for p, n in zip(prompts, new, strict=True)) + 16
+        engine, vendor, free = (bench.engine(bench.model(config), longest, len(prompts)) for _ in range(3))
+        fastest: dict[Any, bool] = {}
+
+        def other(e: Engine, choice: dict[Any, bool] | None) -> float:
+            with vendor_products(choice):
+                return per(serve(e, prompts, new))
+
+        mine = lambda: per(serve(engine, prompts, new))  # noqa: E731
+        timed: Timed = {
+            "swiftk": mine, "self": mine, "vendor": lambda: other(vendor, None), "faster of both": lambda: other(free, fastest),
+        }  # fmt: skip
+        seconds = interleave(timed, sizes.runs)
+        size, goals = moved(serve(engine, prompts, new).steps), {"faster of both": 1 / 1.15}
+        facts = {"vendor's products among the faster": f"{sum(fastest.values())} of {len(fastest)}"}
+        return record(bench, "invariance", f"{shape(config)}, {case}", seconds, bytes=size, goals=goals, facts=facts)
+
+    of_one = single_bytes(small, bench.dtype, False, sizes.prompt, sizes.new_small)
+    of_prompt = weight_bytes(big, bench.dtype, False) / sizes.prefill + token_bytes(big, bench.dtype)
+    prompts, new = random_requests(sizes, sizes.part)
+    return [
+        against_vendor(
+            f"one sequence, {sizes.new_small} tokens", small, random_prompts(small, [sizes.prompt]), [sizes.new_small],
+            after_first, lambda steps: of_one,
+        ),
+        against_vendor(
+            f"{len(prompts)} requests", small, prompts, new, over_all,
+            lambda steps: batch_bytes(small, bench.dtype, steps, prompts, new),
+        ),
+        against_vendor(
+            f"a prompt of {sizes.prefill} tokens", big, random_prompts(big, [sizes.prefill]), [1],
+            lambda done: done.seconds / sizes.prefill, lambda steps: of_prompt,
+        ),
+    ]  # fmt: skip
+
+
+def shape(config: ModelConfig) -> str:
+    names = {BIG: "Qwen3-0.6B shape", SMALL: "29 M"}
+    return names.get(config, f"{config.num_hidden_layers} x {config.hidden_size}")
+
+
+# In this order: the large model first, so that it is given back before the small one's many sequences.
+WORKS: dict[str, Callable[[Bench], list[dict[str, Any]]]] = {
+    "single-nf4": single_nf4,
+    "prefill": prefill,
+    "single": lambda b: single(b, "single", b.sizes.big, b.sizes.new_big, {"transformers": 2.5}),
+    "single-small": lambda b: single(
+        b, "single-small", b.sizes.small, b.sizes.new_small, {"transformers": 3.0, "bandwidth": 65}
+    ),
+    "batch": batch,
+    "lora": lora,
+    "prefix": prefix,
+    "speculation": speculation,
+    "invariance": invariance,
+}
+
+
+def show(r: dict[str, Any]) -> str:
+    rate = f"{r['value']:.4g} {r['unit']}"
+    limits = f"{r['megabytes']:.4g} MB{' a token' if r['unit'] == 'tokens/s' else ''}, {r['gb_per_s']:.1f} GB/s"
+    limits += f" = {r['percent_of_bandwidth']:.0f} % of the bandwidth"
+    if "bandwidth" in r["goals"]:
+        limits += f" (wanted: {r['goals']['bandwidth']:g})"
+    if r["percent_of_matmul"] is not None:
+        limits += f", {r['percent_of_matmul']:.0f} % of matmul"
+    lines = [f"{r['work']}: {r['case']}, {r['dtype']}", f"  {rate}, {limits}; self-pair {100 * r['self_spread']:.0f} %"]
+    for name, ratio in r["ratios"].items():
+        spread = f"{min(r['ratio_runs'][name]):.2f} .. {max(r['ratio_runs'][name]):.2f}"
+        wanted = f", wanted {r['goals'][name]:.2f}x" if name in r["goals"] else ""
+        lines.append(f"  {name}: {r['peers'][name]:.4g} {r['unit']}; its time / ours {ratio:.2f}x ({spread}){wanted}")
+    if r["facts"]:
+        lines.append("  " + "; ".join(f"{name} {value}" for name, value in r["facts"].items()))
+    return "\n".join(lines)
+
+
+def run(options: Options, arguments: list[str], save: Save | None = None) -> list[dict[str, Any]]:
+    """Measures and prints; `save`, with a name and what to keep, is called after each work."""
+    parser = argparse.ArgumentParser(prog="python -m swiftk.bench decode", allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", choices=list(WORKS), default=list(WORKS), metavar="WORK",
+                        help=f"some of {', '.join(WORKS)}; default: all")  # fmt: skip
+    args = parser.parse_args(arguments)
+    if options.device != "cpu":
+        parser.error(f"--device has {options.device}, wants cpu: the decoder has no CUDA kernels yet")
+    if len(options.dtypes) > 1 or "float64" in options.dtypes:
+        parser.error(f"--dtypes has {' '.join(options.dtypes)}, wants float32 or bfloat16")
+    everything = []
+    with tempfile.TemporaryDirectory(prefix="swiftk-bench-") as folder:
+        bench = Bench(options, QUICK if options.quick else Sizes(), step_dtype(options), Path(folder), Limits(options.device))
+        for name in (work for work in WORKS if work in args.only):
+            begin = time.perf_counter()
+            records = WORKS[name](bench)
+            everything += records
+            for r in records:
+                print(show(r))
+            print(f"  ({name} took {time.perf_counter() - begin:.0f} s)", flush=True)
+            if save:
+                save(f"decode-{name}", {"decode": records, "limits": bench.limits.known()})
+    return everything
