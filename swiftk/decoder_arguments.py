@@ -121,7 +121,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, module: str, description: str | None) -> None:
         super().__init__(
             prog=f"python -m {module}", description=description, allow_abbrev=False,
-            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=120),
+            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120),
             usage=f"python -m {module} --model DIR [--key value ...]",
         )  # fmt: skip
         self.module = module
@@ -155,21 +155,21 @@ def _mapping(text: str) -> Any:
 def add_engine_keys(parser: Parser) -> None:
     group = parser.add_argument_group("the model")
     group.add_argument("--model", metavar="DIR", help="a Hugging Face checkpoint; default: the first adapter's base")
-    group.add_argument("--adapters", nargs="+", default=[], metavar="[NAME=]DIR", help="in PEFT's format; NAME: its folder's")
+    group.add_argument("--adapters", nargs="+", default=[], metavar="DIR", help="PEFT's format; or NAME=DIR")
     group.add_argument("--tokenizer", metavar="DIR", help="default: the model's")
     group.add_argument("--torch_dtype", choices=["bfloat16", "float32", "float64"], help="default: bf16 where the CPU has it")
     group.add_argument("--quant_bits", choices=["4", "none"],
                        help="4: the linears of the blocks in NF4; default: as the adapters were trained")  # fmt: skip
     group.add_argument("--quant_head", type=boolean, metavar="true|false", help="the head in NF4 too")
-    group.add_argument("--max_model_len", type=int, help="longest prompt and output; default: the model's")
-    group.add_argument("--cache_gib", type=float, help="of keys and values; default: as needed, at most half of the memory")
-    group.add_argument("--max_num_seqs", type=int, help="sequences that are decoded at once")
-    group.add_argument("--max_batched_tokens", type=int, help="tokens of a step")
+    group.add_argument("--max_model_len", type=int, metavar="N", help="longest prompt and output; default: the model's")
+    group.add_argument("--cache_gib", type=float, metavar="X", help="default: as needed, up to 4 and a quarter of what is free")
+    group.add_argument("--max_num_seqs", type=int, metavar="N", help="sequences that are decoded at once")
+    group.add_argument("--max_batched_tokens", type=int, metavar="N", help="tokens of a step")
     group.add_argument("--prefix_caching", type=boolean, metavar="true|false", help="common prefixes are computed once")
     group.add_argument("--speculate", metavar="ngram|DIR", help="guesses from the text itself, or by a smaller model")
-    group.add_argument("--num_draft_tokens", type=int, help="guesses per step")
+    group.add_argument("--num_draft_tokens", type=int, metavar="N", help="guesses per step")
     group.add_argument("--isa", choices=["auto", "avx512", "avx2", "portable"])
-    group.add_argument("--threads", type=int, help="default: the cores there are")
+    group.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
 
 
 ENGINE_KEYS = (
@@ -188,9 +188,10 @@ def add_sampling_keys(parser: Parser) -> None:
         if kind is _truth:
             options |= {"type": boolean, "metavar": "true|false"}
         elif kind in (_strings, _integers):
-            options |= {"nargs": "+", "type": str if kind is _strings else int}
+            options |= {"nargs": "+"} | ({"metavar": "TEXT"} if kind is _strings else {"metavar": "ID", "type": int})
         else:
             options |= {"type": int if kind is _integer else float if kind is _number else _mapping}
+            options |= {"metavar": "JSON" if kind is _bias else "N" if kind is _integer else "X"}
         group.add_argument(f"--{name}", **options)
 
 

@@ -48,6 +48,8 @@ from swiftk.decoder_arguments import (
 )
 
 MAX_TOKENS = 512  # of an output, where nothing is said and the context has as many left
+CONTROLS = [c for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not in "\n\t"]
+HARMLESS = {c: chr(0x2400 + c) if c < 0x20 else "\ufffd" for c in CONTROLS}  # a model must not drive the terminal
 EVERY = 10.0  # seconds between two lines of progress where there is no terminal
 
 
@@ -130,7 +132,7 @@ def _role(messages: list[Any]) -> Any:
 
 
 def shown(text: str, out: IO[str]) -> str:
-    return text.replace("\x1b", "\u241b") if out.isatty() else text  # a model must not drive the terminal
+    return text.translate(HARMLESS) if out.isatty() else text
 
 
 def stream(engine: Engine, request: tuple[list[int], SamplingParams, str | None], stop: Stop, out: IO[str]) -> list[Output]:

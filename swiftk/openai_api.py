@@ -16,10 +16,10 @@ from swiftk.decoder_arguments import SAMPLING, finite, read_sampling
 
 MOST_CHOICES = 128  # n, as at OpenAI
 COMMON = {name for name in SAMPLING if name not in ("logprobs", "prompt_logprobs")} | {
-    "model", "stream", "stream_options", "user", "priority", "cache_salt", "return_token_ids"
+    "model", "stream", "stream_options", "user", "priority", "cache_salt", "return_token_ids", "max_completion_tokens"
 }  # fmt: skip
 COMPLETION = COMMON | {"prompt", "echo", "logprobs"}
-CHAT = COMMON | {"messages", "logprobs", "top_logprobs", "max_completion_tokens", "chat_template_kwargs"}
+CHAT = COMMON | {"messages", "logprobs", "top_logprobs", "chat_template_kwargs"}
 ONLY: dict[str, tuple[Any, ...]] = {  # fields of OpenAI's that are accepted as long as they ask for nothing
     "suffix": ("",), "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False), "store": (False,), "service_tier": ("auto", "default"), "modalities": (["text"],),
@@ -152,7 +152,8 @@ class Answers:
 
     def take(self, ticket: Ticket, update: Update) -> Choice:
         """Notes what is told once a prompt."""
-        self.cached[ticket.number] = update.num_cached_tokens
+        if update.index == 0:  # the others of n find what it has computed
+            self.cached[ticket.number] = update.num_cached_tokens
         self.weight_version = update.weight_version
         if update.prompt_logprobs is not None:
             self.prompt_logprobs[ticket.number] = update.prompt_logprobs

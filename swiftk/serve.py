@@ -29,7 +29,7 @@ from starlette.exceptions import HTTPException
 
 from swiftk.decoder.engine import Engine, Update
 from swiftk.decoder.text import TokenStrings, chat_tokens
-from swiftk.decoder.worker import QueueFullError, Ticket, Worker
+from swiftk.decoder.worker import EngineError, QueueFullError, Ticket, Worker
 from swiftk.decoder_arguments import Parser, add_engine_keys, make_engine, turn_ends
 from swiftk.openai_api import Answers, Asked, Choice, Refused, of_kind, read_prompts, read_request
 
@@ -93,6 +93,8 @@ class Service:
             await worker.submit(tickets)
         except QueueFullError as error:
             raise Refused(429, str(error), code="queue_full", retry=error.retry_after) from None
+        except EngineError as error:
+            raise Refused(503, str(error)) from None
         except ValueError as error:
             raise Refused(400, str(error), str(error).split(":")[0]) from None
         if asked.stream:
@@ -262,12 +264,12 @@ def bound(host: str, port: int) -> socket.socket:
 def main(argv: list[str]) -> int:
     parser = Parser("swiftk.serve", __doc__)
     group = parser.add_argument_group("the server")
-    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every interface; default: this machine alone")
-    group.add_argument("--port", type=int, default=8000, help="0: any that is free; default: 8000")
+    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every interface; default: 127.0.0.1")
+    group.add_argument("--port", type=int, default=8000, metavar="N", help="0: any that is free; default: 8000")
     group.add_argument("--api_key", metavar="KEY", help="that requests must have; default: SWIFTK_API_KEY of the environment")
     group.add_argument("--served_model_name", metavar="NAME", help="of the base; default: its folder's")
-    group.add_argument("--max_queued_tokens", type=int, default=65536,
-                       help="prompt tokens that may wait; beyond, requests are answered with 429; default: 65536")  # fmt: skip
+    group.add_argument("--max_queued_tokens", type=int, default=65536, metavar="N",
+                       help="prompt tokens that may wait; with more it answers 429; default: 65536")  # fmt: skip
     add_engine_keys(parser)
     args = parser.parse(argv)
     api_key = args.api_key or os.environ.get("SWIFTK_API_KEY") or None

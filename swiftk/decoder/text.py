@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -208,12 +209,16 @@ def chat_tokens(
         raise ValueError("messages: the tokenizer has no chat template, wants one; or give a prompt instead")
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages: has {messages!r}, wants a list of at least one message")
+    options = options or {}
+    if own := sorted(options.keys() & inspect.signature(tokenizer.apply_chat_template).parameters.keys()):
+        raise ValueError(f"chat_template_kwargs: has {own[0]!r}, wants variables of the template only")
     plain = []
     for number, message in enumerate(messages):
         where = f"messages: number {number}"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f'{where} has {message!r}, wants {{"role": ..., "content": ...}}')
-        if extra := [key for key, value in message.items() if key not in ("role", "content", "name") and value is not None]:
+        extra = [key for key, value in message.items() if key not in ("role", "content", "name") and value is not None]
+        if extra and (extra != ["type"] or message["type"] != "text"):  # which lm-eval writes
             raise ValueError(f"{where} has {extra[0]!r}, wants role and content only: it is not supported")
         content = message.get("content")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
@@ -221,7 +226,7 @@ def chat_tokens(
             raise ValueError(f"{where} has content {content!r}, wants text: other kinds are not supported")
         plain.append({"role": message["role"], "content": "".join(str(p["text"]) for p in parts)})
     try:
-        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **(options or {}))
+        text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **options)
     except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"messages: the chat template refuses them ({error})") from error
     return list(tokenizer.encode(str(text), add_special_tokens=False))

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from swiftk.decoder.engine import Engine, Update
@@ -26,7 +27,7 @@ class QueueFullError(Exception):
 
 
 class EngineError(Exception):
-    """A step has failed, with everything that was under way in it."""
+    """A step has failed with everything that was under way, or the thread has ended."""
 
 
 @dataclass(eq=False)
@@ -65,8 +66,10 @@ class Worker(threading.Thread):
     async def submit(self, tickets: Sequence[Ticket]) -> None:
         """Returns when the engine has taken them.
 
-        Raises: QueueFullError, or the ValueError of a prompt that the engine refuses; then it has none of them.
+        Raises: QueueFullError, EngineError, or the ValueError of a prompt that the engine refuses; then it has none of them.
         """
+        if not self.is_alive():
+            raise EngineError("the engine's thread has ended")
         count = sum(len(ticket.tokens) for ticket in tickets)
         if self.queued_tokens and self.queued_tokens + count > self.max_queued_tokens:
             rate = self.engine.num_computed_tokens / self.seconds if self.seconds else 0.0
@@ -120,6 +123,17 @@ class Worker(threading.Thread):
                 ticket.updates.put_nowait((ticket, item))
 
     def run(self) -> None:
+        try:
+            self._serve()
+        finally:  # closed, or a defect: nobody is to wait for ever
+            with self._work:
+                left = [*self._tickets.values(), *self._incoming]
+            ended = EngineError("the engine's thread has ended")
+            items: list[tuple[Ticket, Update | Exception | None]] = [(ticket, ended) for ticket in left]
+            with suppress(RuntimeError):  # the loop has ended
+                self.loop.call_soon_threadsafe(self._deliver, items)
+
+    def _serve(self) -> None:
         while True:
             with self._work:
                 self._work.wait_for(lambda: self._incoming or self._gone or self._closing or self.engine.has_work)
@@ -152,10 +166,7 @@ class Worker(threading.Thread):
                 if not owner.gone:
                     items.append((owner, update))
             if items:
-                try:
-                    self.loop.call_soon_threadsafe(self._deliver, items)
-                except RuntimeError:  # the loop has ended
-                    return
+                self.loop.call_soon_threadsafe(self._deliver, items)
 
     def _add(self, ticket: Ticket) -> ValueError | None:
         try:

@@ -292,3 +292,13 @@ def test_two_processes_do_not_share_an_output(model, tmp_path, capsys):
     with generate.opened(str(out)):
         assert run(model, "--prompts", rows, "--output", out) == 2
     assert "another process is writing" in capsys.readouterr().err
+
+
+def test_a_text_does_not_drive_the_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    text = "a\x1b[2J\r\x9b\x7fb\n\té"
+    assert generate.shown(text, Terminal()) == "a\u241b[2J\u240d\ufffd\ufffdb\n\té"
+    assert generate.shown(text, io.StringIO()) == text

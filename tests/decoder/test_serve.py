@@ -297,6 +297,7 @@ def test_errors_are_openais(served):
         ("temprature", "temprature: not supported", {"temprature": 1}),
         ("temperature", "temperature: has 'hot', wants a number", {"temperature": "hot"}),
         ("max_tokens", "max_tokens: has True, wants an integer", {"max_tokens": True}),
+        ("chat_template_kwargs", "has 'chat_template'", {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}),
         ("n", "n: has 129, wants at most 128", {"n": 129}),
         ("stream", "stream: has 1, wants true or false", {"stream": 1}),
         ("stream_options", "stream_options: has", {"stream_options": {"x": 1}}),
@@ -393,6 +394,28 @@ def test_a_step_that_fails_ends_those_that_are_in_it(served, monkeypatch, capfd)
     assert served.client.completions.create(model="tiny", prompt="hello", max_tokens=20).choices[0].text
     assert "MemoryError: no room" in capfd.readouterr().err
     assert not engine.has_work and served.service.worker.queued_tokens == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_that_is_gone(model, adapter, monkeypatch):
+    """Not a step that fails but a defect around it: those under way and those that come later are told."""
+    listening, ready = bound("127.0.0.1", 0), threading.Event()
+    service = Service(make_engine(model, adapter), "tiny", None, max_queued_tokens=400)
+    server = Server(uvicorn.Config(application(service), log_level="critical"), ready.set)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    assert ready.wait(30)
+    here = SimpleNamespace(url=f"http://127.0.0.1:{listening.getsockname()[1]}")
+    step, calls = service.engine.step, []
+    monkeypatch.setattr(service.engine, "step", lambda: None if calls.append(1) or len(calls) == 3 else step())
+    answer = post(here, "completions", {"prompt": "hello", "max_tokens": 20})
+    assert answer.status_code == 500 and "thread has ended" in answer.json()["error"]["message"]
+    wait_until(lambda: not service.worker.is_alive())  # type: ignore[union-attr]
+    assert post(here, "completions", {"prompt": "hello"}).status_code == 503
+    assert httpx.get(f"{here.url}/health").status_code == 503
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 # --- the process -----------------------------------------------------------------------------------------------------

@@ -227,6 +227,7 @@ def test_chat_tokens():
     ids = chat_tokens(tokenizer, [{"role": "system", "content": "s"}, {"role": "user", "content": parts, "name": "me"}])
     assert tokenizer.decode(ids) == "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
     user = {"role": "user", "content": "x"}
+    assert chat_tokens(tokenizer, [user | {"type": "text"}]) == chat_tokens(tokenizer, [user])  # as lm-eval writes it
     bad: dict[str, object] = {
         "wants a list of at least one": [],
         "wants a list": "hello",
@@ -240,6 +241,8 @@ def test_chat_tokens():
             chat_tokens(tokenizer, messages)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no chat template"):
         chat_tokens(tokenizer_of("byte-fallback"), [user])
+    with pytest.raises(ValueError, match="chat_template_kwargs: has 'tokenize'"):
+        chat_tokens(tokenizer, [user], {"tokenize": True})
     refusing = train_tokenizer(TEXTS[:2] * 4, 300)
     refusing.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(ValueError, match="roles must alternate"):
