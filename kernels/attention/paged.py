@@ -7,6 +7,8 @@ positions. A query's out and lse depend on that query and the keys it sees alone
 the gathered keys for any block size, order of the blocks, chunks of a prefill, mix of sequences and thread count.
 Bytes: q and out once, K and V of every sequence once per 192 rows (query heads of a KV head times its queries): at decoding,
 2 seqlen kv_heads head_dim elements a sequence. FLOPs: 4 d per query head and visible key.
+A cache whose tokens of a head lie together, torch.empty(blocks, kv_heads, block_size, head_dim).transpose(1, 2), decodes
+fastest: tokens 2 or 4 KiB apart share sets of the first-level cache.
 Not supported: gradients (use varlen_attention), a quantised cache, keys beyond a query (no padding inside a sequence), a CUDA
 kernel (not there yet).
 """
