@@ -170,6 +170,7 @@ def test_ties_keep_exactly_k_and_the_lowest_ids():
     for columns in (settings(1, 0.0), settings(1, top_k=1), settings(1, top_p=1e-9)):
         assert sample(torch.zeros(1, 300), *columns).item() == 0
     assert sample(z, *settings(1, min_p=1.0)).item() == 250
+    assert (drawn(torch.zeros(1, 8), settings(1, min_p=1.0), 1000) > 0).all()  # as likely as the first of them
 
 
 # --- the distribution --------------------------------------------------------------------------------------------
