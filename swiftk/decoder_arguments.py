@@ -213,8 +213,10 @@ def named_adapters(entries: Sequence[str]) -> dict[str, str]:
 
 def make_engine(args: argparse.Namespace, say: Callable[[str], None]) -> Engine:
     """Raises: ValueError that says what does not fit together."""
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"threads: has {args.threads}, wants at least 1")
+    for name in ("threads", "max_num_seqs", "max_batched_tokens", "max_model_len", "num_draft_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: has {value}, wants at least 1")
     if args.threads or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(args.threads or len(os.sched_getaffinity(0)))
     adapters = named_adapters(args.adapters)

@@ -218,6 +218,7 @@ def test_wrong_input(model, adapter, tmp_path, capsys):
         ("two are called 'poet'", ["--prompt", "a", "--adapters", adapter, adapter]),
         ("--adapters A=DIR, or base", ["--prompt", "a", "--adapters", f"a={adapter}", f"b={adapter}"]),
         ("threads: has 0", ["--prompt", "a", "--threads", 0]),
+        ("max_num_seqs: has 0, wants at least 1", ["--prompt", "a", "--max_num_seqs", 0]),
         ("has no config.json", ["--model", tmp_path, "--prompt", "a"]),
         ("nowhere is not a folder", ["--model", "nowhere", "--prompt", "a"]),
         ("system: is given, wants --chat true", ["--prompt", "a", "--system", "s", "--chat", "false"]),
@@ -302,3 +303,17 @@ def test_a_text_does_not_drive_the_terminal():
     text = "a\x1b[2J\r\x9b\x7fb\n\té"
     assert generate.shown(text, Terminal()) == "a\u241b[2J\u240d\ufffd\ufffdb\n\té"
     assert generate.shown(text, io.StringIO()) == text
+
+
+def test_adapters_that_were_trained_over_nf4_get_it(tmp_path, capsys):
+    base = write_checkpoint(tmp_path / "base", hidden_size=64, intermediate_size=64)
+    adapter = write_adapter(base, tmp_path / "quantised")
+    (adapter / "args.json").write_text(json.dumps({"arguments": {"quant_bits": 4}}))
+    texts = {}
+    for bits in (None, "4", "none"):
+        argv = ["--adapters", adapter, "--prompt", "hello", "--temperature", 0, "--max_tokens", 24, "--ignore_eos", "true"]
+        assert run(base, *argv, *(["--quant_bits", bits] if bits else [])) == 0
+        captured = capsys.readouterr()
+        texts[bits] = captured.out
+        assert ("held in NF4, as the adapters were trained" in captured.err) == (bits is None)
+    assert texts[None] == texts["4"] != texts["none"]

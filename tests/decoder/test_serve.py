@@ -346,6 +346,7 @@ def test_a_full_queue_is_429(served, monkeypatch):
         refused = post(served, "completions", {**body, "prompt": [5]})
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
+        assert httpx.get(f"{served.url}/health", timeout=5).status_code == 200  # a step holds nobody else up
         with pytest.raises(openai.RateLimitError):
             served.client.completions.create(model="tiny", prompt=[5], max_tokens=1)
         gate.open.set()
