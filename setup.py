@@ -27,7 +27,7 @@ CXX_FLAGS = [
 ]  # fmt: skip
 # SWIFTK_EMULATE_AVX512=1: the avx512 bodies through SIMDe (libsimde-dev), to test them with isa="avx512" on an AVX2 machine
 EMULATE = os.environ.get("SWIFTK_EMULATE_AVX512", "0") == "1"
-EMULATE_FLAGS = ["-DSWIFTK_EMULATE_AVX512", "-mavx2", "-mfma", "-mbmi2", "-O1"]
+EMULATE_FLAGS = ["-DSWIFTK_EMULATE_AVX512", "-mavx2", "-mfma", "-mbmi2", "-O1", "-fno-tree-sra"]  # GCC 12 crashes
 LINK_FLAGS = ["-shared", "-fopenmp"]
 
 
