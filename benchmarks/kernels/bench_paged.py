@@ -1,8 +1,8 @@
 """paged_attention: decoding (one query a sequence, bound by reading K and V) and a chunk of a prefill, against torch SDPA on
 keys that lie gathered, one dense tensor for all sequences.
 
-Decoding walks through as many caches as it takes to find each one cold, as the layers of a model do. A softmax does not see the
-order of its keys, so SDPA reads the same cache in the order of its blocks: no second copy.
+Decoding walks through as many caches as it takes to find each one cold, as the layers of a model do. Blocks are in random
+order and the tokens of a head lie together (kernels/attention/paged.py says why); SDPA reads (batch, kv_heads, context, d).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from swiftk.benchmarks.harness import Case, Options
 from swiftk.benchmarks.kernels.bench_linear import COLD_BYTES
-from swiftk.kernels.attention.paged import paged_attention_out, paged_attention_ref
+from swiftk.kernels.attention.paged import gather_ref, paged_attention_out, paged_attention_ref
 from swiftk.testing.accuracy import assert_accurate
 
 BLOCK_SIZE = 16
@@ -42,17 +42,18 @@ def case(batch: int, context: int, queries: int, shape: tuple[int, int, int], dt
     a_row = -(-context // BLOCK_SIZE)
     size = 2 * batch * context * kv_heads * dim * dtype.itemsize
     copies = max(1, -(-COLD_BYTES // size)) if queries == 1 and not options.quick else 1
-    cache = torch.randn(copies, 2, batch * a_row, BLOCK_SIZE, kv_heads, dim, dtype=dtype, device=device)
+    cache = torch.randn(copies, 2, batch * a_row, kv_heads, BLOCK_SIZE, dim, dtype=dtype, device=device).transpose(3, 4)
     q = torch.randn(batch * queries, heads, dim, dtype=dtype, device=device)
     out = torch.empty_like(q)
-    shuffled = queries == 1 and context % BLOCK_SIZE == 0
-    order = torch.stack([torch.randperm(a_row) if shuffled else torch.arange(a_row) for _ in range(batch)])
-    table = (order + torch.arange(batch)[:, None] * a_row).to(device, torch.int32)
+    table = torch.randperm(batch * a_row, device=device).view(batch, a_row).int()
     lens = torch.full((batch,), context, dtype=torch.int32, device=device)
     cu_q = torch.arange(batch + 1, dtype=torch.int32, device=device) * queries
     # causal, bottom-right: one query sees every key
     mask = torch.ones(queries, context, dtype=torch.bool, device=device).tril(context - queries) if queries > 1 else None
-    turn, peer_turn = itertools.cycle(cache), itertools.cycle(cache)
+    dense = torch.empty(copies, 2, batch, kv_heads, context, dim, dtype=dtype, device=device)
+    for one, blocks in zip(dense.flatten(0, 1), cache.flatten(0, 1), strict=True):
+        one.copy_(gather_ref(blocks, table, lens).view(batch, context, kv_heads, dim).transpose(1, 2))
+    turn, peer_turn = itertools.cycle(cache), itertools.cycle(dense)
 
     def ours():
         k, v = next(turn)
@@ -60,7 +61,7 @@ def case(batch: int, context: int, queries: int, shape: tuple[int, int, int], dt
         return out
 
     def sdpa():
-        k, v = (x.view(batch, -1, kv_heads, dim)[:, :context].transpose(1, 2) for x in next(peer_turn))
+        k, v = next(peer_turn)
         rows = q.view(batch, queries, heads, dim).transpose(1, 2)
         return scaled_dot_product_attention(rows, k, v, attn_mask=mask, enable_gqa=True)
 
