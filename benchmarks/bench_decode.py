@@ -237,9 +237,9 @@ class Bench:
         return self.once((config, "adapter"), make)
 
 
-def interleave(timed: Timed, runs: int) -> dict[str, list[float]]:
-    """Each once per run, in reversed order in every second; a run before them is not counted."""
-    for f in dict.fromkeys(timed.values()):
+def interleave(timed: Timed, runs: int, *, warm: bool = False) -> dict[str, list[float]]:
+    """Each once per run, in reversed order in every second; unless all are warm, a run before them is not counted."""
+    for f in () if warm else dict.fromkeys(timed.values()):
         f()
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for run in range(runs):
@@ -428,7 +428,7 @@ def batch(bench: Bench) -> list[dict[str, Any]]:
         peer.continuous(prompts[:1], [2])
         once["transformers continuous"] = [over_all(peer.continuous(prompts[few], new[few]))]
         facts["continuous batching"] = f"once, of {sizes.continuous} requests"
-    seconds = interleave(timed, sizes.runs) | once
+    seconds = interleave(timed, sizes.runs, warm=True) | once
     size = batch_bytes(config, bench.dtype, steps, prompts, new)
     flops = sum(prefill_flops(config, len(p) + n) for p, n in zip(prompts, new, strict=True)) / sum(new)
     goals = {"transformers static": 3.0, "transformers continuous": 20.0}
@@ -480,9 +480,8 @@ def lora(bench: Bench) -> list[dict[str, Any]]:
         adapted, base = (serve(engine, prompts, new, adapter=a, logprobs=0) for a in ("a", None))
         assert adapted.logprobs != base.logprobs, "the adapter changes nothing"
         mine = lambda: per(serve(engine, prompts, new, adapter="a"))  # noqa: E731
-        seconds = interleave(
-            {"swiftk": mine, "self": mine, "without adapter": lambda: per(serve(engine, prompts, new))}, sizes.runs
-        )
+        timed: Timed = {"swiftk": mine, "self": mine, "without adapter": lambda: per(serve(engine, prompts, new))}
+        seconds = interleave(timed, sizes.runs, warm=True)
         a_and_b = sum(RANK * (n + k) for n, k in linear_shapes(config).values()) * bench.dtype.itemsize
         size = moved(adapted.steps) + a_and_b * (1 if len(prompts) == 1 else adapted.steps / sum(new))
         goals = {"without adapter": 0.9}
@@ -543,7 +542,8 @@ def speculation(bench: Bench) -> list[dict[str, Any]]:
         steps = with_drafts.steps - 1  # the first reads the prompt and gives a token
         drafted, taken = with_drafts.rows - len(prompt) - steps, n - 1 - steps
         mine = lambda: after_first(run(drafting))  # noqa: E731
-        seconds = interleave({"swiftk": mine, "self": mine, "no drafts": lambda: after_first(run(plain))}, sizes.runs)
+        timed: Timed = {"swiftk": mine, "self": mine, "no drafts": lambda: after_first(run(plain))}
+        seconds = interleave(timed, sizes.runs, warm=True)
         size = single_bytes(config, bench.dtype, False, len(prompt), n) * steps / (n - 1)
         facts = {
             "drafts": drafted, "accepted": f"{100 * taken / max(1, drafted):.0f} %", "tokens a step": f"{(n - 1) / steps:.2f}",
