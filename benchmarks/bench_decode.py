@@ -463,7 +463,7 @@ def prefill(bench: Bench) -> list[dict[str, Any]]:
             bench, "prefill", f"{shape(config)}, {kind}, {n} tokens",
             {"swiftk": seconds[kind], "self": seconds[f"{kind} again"], **{name: seconds[name] for name in peers}},
             bytes=weight_bytes(config, bench.dtype, kind == "NF4") / n + token_bytes(config, bench.dtype),
-            flops=prefill_flops(config, n) / n, goals={name: 1.4 for name in peers}, **facts,
+            flops=prefill_flops(config, n) / n, goals={name: 1.4 for name in peers}, facts=facts,
         )
         for kind in engines
     ]  # fmt: skip

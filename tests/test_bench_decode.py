@@ -48,7 +48,7 @@ def test_a_quick_run_reports_every_work(capsys):
 
 def test_one_set_of_weights_is_checked_against_transformers(tmp_path):
     pytest.importorskip("transformers")
-    one = bench(tmp_path)
+    one = bench(tmp_path, peers=frozenset({"transformers"}))
     peer = one.transformers(TINY)
     assert peer.best(lambda: peer.generate([[5, 6]], 2)) in ("sdpa", "eager")
     whole = peer.generate([[1, 2, 3]], 4)
@@ -57,6 +57,9 @@ def test_one_set_of_weights_is_checked_against_transformers(tmp_path):
     alone = [peer.generate([p], n).tokens[0] for p, n in zip(prompts, new, strict=True)]
     assert peer.static_batches(prompts, new, 2).tokens == alone  # padded; each as long as was asked for
     assert peer.continuous(prompts, new).tokens == alone
+    (single,) = bench_decode.WORKS["single"](one)
+    for r in (single, *bench_decode.prefill(one)):
+        assert list(r["peers"]) == ["transformers"] and r["facts"]["attention of transformers"] in ("sdpa", "eager")
     with torch.no_grad():
         peer.model.model.layers[1].mlp.up_proj.weight[:40] *= 2
     with pytest.raises(AssertionError, match=r"from transformers'|greedy text"):
