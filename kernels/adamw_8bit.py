@@ -271,3 +271,4 @@ def adamw_8bit_(updates: Sequence[Update], *, isa: str = "auto") -> None:
     present = [u for u in updates if u.param.numel()]
     if present:
         _launch(present, isa)
+        torch.autograd.graph.increment_version([u.param for u in present])  # as torch's own writes do: a decoder looks there

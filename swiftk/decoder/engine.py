@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,6 @@ class Engine:
         self._ids, self._numbers = itertools.count(), itertools.count()
         self._done: list[Update] = []  # of aborts, for the next step
         self._eos = self._end_tokens(directory)
-        self._known = self._weights_state()
         self.num_computed_tokens = 0  # rows of all forwards so far
 
     def _drafter(self, speculate: str | Model | Path | None, isa: str, sizes: dict[str, Any]) -> Drafter | None:
@@ -208,7 +207,7 @@ class Engine:
             ids.add(self.tokenizer.eos_token_id)
         if directory is not None:
             ids |= loading.generation_eos(directory)
-        return frozenset(i for i in ids if i is not None)
+        return frozenset(i for i in ids if i is not None and 0 <= i < self.config.vocab_size)  # a tokenizer may have more
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
@@ -237,6 +236,8 @@ class Engine:
             raise ValueError(f"adapter: has {adapter!r}, wants one of {names}, or None")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: has strings, wants none (stop_token_ids): the engine has no tokenizer")
+        if not isinstance(priority, int):
+            raise ValueError(f"priority: has {priority!r}, wants an integer, the smaller the earlier")
         seed = params.seed if params.seed is not None else random.getrandbits(63)
         made: list[_Sequence] = []
         for index in range(params.n):
@@ -422,16 +423,10 @@ class Engine:
 
     # --- the weights -------------------------------------------------------------------------------------------------
 
-    def _weights_state(self) -> tuple[int, int]:
-        return self.model.weight_version, sum(p._version for p in self.model.parameters() if p.requires_grad)
-
     def _follow_weights(self) -> None:
-        """Where trained weights have moved: what was computed with the old ones is computed again."""
-        state = self._weights_state()
-        if state == self._known:
+        """Where weights have moved: what was computed with the old ones is computed again."""
+        if not self.forward.follow():
             return
-        self._known = state
-        self.forward.refresh()
         self.scheduler.set_weight_version(self.scheduler.weight_version + 1)
         for one in self._sequences.values():
             if one.prompt_logprobs is not None:
@@ -462,24 +457,33 @@ class Engine:
             try:
                 numbers[self.add(prompt, one, adapter=adapter)] = i
             except ValueError as error:
-                for id in numbers:
-                    self.abort(id)
-                self._done = [update for update in self._done if update.id not in numbers]
+                self._drop(numbers)
                 raise ValueError(f"generate: prompt {i}: {error}") from error
             text = prompt if isinstance(prompt, str) else None
             tokens = self.encode(prompt)
             done.append(Completion(text, tokens, [Output() for _ in range(one.n)]))
         left = sum(one.n for one in each)
-        while left:
-            for update in self.step():
-                if update.id not in numbers:  # of a request that was added by itself
-                    self._done.append(update)
-                    continue
-                done[numbers[update.id]].add(update)
-                left -= update.finish_reason is not None
-                if on_update is not None:
-                    on_update(numbers[update.id], update)
+        try:
+            while left:
+                for update in self.step():
+                    if update.id not in numbers:  # of a request that was added by itself
+                        self._done.append(update)
+                        continue
+                    done[numbers[update.id]].add(update)
+                    left -= update.finish_reason is not None
+                    if on_update is not None:
+                        on_update(numbers[update.id], update)
+        finally:
+            if left:  # Ctrl-C, or on_update has raised: nobody waits for the rest
+                self._drop(numbers)
         return done
+
+    def _drop(self, ids: Iterable[int]) -> None:
+        """Ends requests of which nothing is to be told any more."""
+        gone = set(ids)
+        for id in gone:
+            self.abort(id)
+        self._done = [update for update in self._done if update.id not in gone]
 
 
 def _tokens(work: Work) -> list[int]:

@@ -33,6 +33,7 @@ from swiftk.kernels.swiglu import swiglu_out
 from swiftk.model.adapter import LM_HEAD
 from swiftk.model.transformer import Block, Linear, Model
 
+_GONE = torch.empty(0)  # stands for a parameter that the model has no more
 TAPES = 128  # kept; a mix of chunks and decodes has a new number of rows at every step
 
 
@@ -84,7 +85,7 @@ class _Block(NamedTuple):
 class Forward:
     """
     Args:
-        model: read where it is; `refresh` when its parameters have changed.
+        model: read where it is; `follow` sees where its parameters have changed.
         num_blocks, block_size: of the cache, which has (blocks, block_size, kv_heads, head_dim) per layer for K and for V.
         max_tokens, max_seqs, max_len: of a step; of a sequence.
         adapters: several, over a model that has none of its own.
@@ -97,9 +98,13 @@ class Forward:
         self.model, self.isa, self.block_size, self.max_tokens = model, isa, block_size, max_tokens
         self.dtype, self.acc = model.compute_dtype, acc_dtype(model.compute_dtype)
         self.adapters = adapters
-        self._refreshers: list[Callable[[], object]] = []
         self._tapes: dict[tuple, Any] = {}
         self._bind()
+        self._places: list[tuple[dict[str, Any], str]] = [  # a parameter that is replaced stands in the same place
+            (kept, name) for m in model.modules() for kept in (m._parameters, m._buffers)
+            for name, t in kept.items() if t is not None
+        ]  # fmt: skip
+        self._known, self._known_shapes = self._state(), self._shapes()
         c, new = model.config, lambda *shape, dtype=self.dtype: torch.empty(shape, dtype=dtype)
         places = (num_blocks, c.num_key_value_heads, block_size, c.head_dim)  # a head's rows of a block lie together: 1.5x the
         self.cache = [  # speed of paged_attention, whose reads 2 and 4 KiB apart would fall into the same sets of the L1 cache
@@ -126,6 +131,7 @@ class Forward:
     def _bind(self) -> None:
         model = self.model
         self._products: list[_Product] = []
+        self._refreshers: list[Callable[[], object]] = []
         self.blocks = []
         for layer in model.model.layers:
             assert isinstance(layer, Block)
@@ -202,10 +208,36 @@ class Forward:
         self._refreshers.append(refresh)
         return _Product(weight, bias, a, b, factor, gain)
 
-    def refresh(self) -> None:
-        """To be called when the model's parameters have changed."""
+    def follow(self) -> bool:
+        """Whether the weights have changed since the last call (trained, loaded, replaced): what is copied of them is then
+        copied again.
+
+        Raises: ValueError where one has another shape.
+        """
+        state = self._state()
+        if state == self._known:
+            return False
+        if state[1] != self._known[1]:  # other tensors: the addresses on the tapes are those of the old ones
+            if self._shapes() != self._known_shapes:
+                raise ValueError("Engine: the model's parameters have other shapes than they had, wants an Engine of its own")
+            self._tapes.clear()
+            self._bind()
         for fill in self._refreshers:
             fill()
+        self._known = state
+        return True
+
+    def _state(self) -> tuple[int, list[int]]:
+        """Changes in place, and addresses."""
+        tensors = self._tensors()
+        changes = self.model.weight_version + sum(t._version for t in tensors)  # all of them only rise
+        return changes, [t.data_ptr() for t in tensors]
+
+    def _shapes(self) -> list[torch.Size]:
+        return [t.shape for t in self._tensors()]
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [_GONE if (t := kept.get(name)) is None else t for kept, name in self._places]
 
     # --- a step ----------------------------------------------------------------------------------------------------
 
@@ -233,12 +265,13 @@ class Forward:
         if tape is None:
             if len(self._tapes) == TAPES:
                 self._tapes.clear()
-            tape = self._tapes[key] = native().Tape()
+            tape = native().Tape()
             tape.start()
             try:
                 self._blocks(row, len(step), stacked)
             finally:
                 tape.stop()
+            self._tapes[key] = tape  # a recording that Ctrl-C has cut short is none
         tape.run()
         return row
 

@@ -73,7 +73,7 @@ class SamplingParams:
 
     def _number(self, name: str, low: float, high: float, want: str) -> None:
         value = getattr(self, name)
-        if not _is(value, int | float) or math.isnan(value) or not low <= value <= high:
+        if not _is(value, int | float) or not low <= value <= high:  # NaN is not
             self._refuse(name, want)
 
     def _refuse(self, name: str, want: str) -> NoReturn:

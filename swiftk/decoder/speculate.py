@@ -67,11 +67,14 @@ class DraftModel:
         self._done: dict[int, tuple[int, int]] = {}  # id -> preemptions when it was noted, tokens whose KV is in the cache
 
     def propose(self, scheduler: Scheduler, most: int) -> None:
-        requests = [(r, scheduler.reserve(r, most)) for r in drafted(scheduler)]
-        guesses: dict[int, list[int]] = {r.id: [] for r, _ in requests}
-        while open_ := [(r, n) for r, n in requests if len(guesses[r.id]) < n and r.state is State.RUNNING]:
+        if self.forward.follow():
+            self._done.clear()
+        requests = drafted(scheduler)
+        wanted = {r.id: scheduler.reserve(r, most) for r in requests}
+        guesses: dict[int, list[int]] = {r.id: [] for r in requests}
+        while open_ := [r for r in requests if len(guesses[r.id]) < wanted[r.id] and r.state is State.RUNNING]:
             step, ready, room = [], [], self.forward.max_tokens
-            for r, _ in open_:
+            for r in open_:
                 sequence = r.tokens + guesses[r.id]
                 past, done = self._done.get(r.id, (-1, 0))
                 start = min(done if past == r.num_preemptions else 0, len(sequence) - 1)
@@ -90,8 +93,11 @@ class DraftModel:
             if chosen:
                 picked = self.pick(self.forward.logits(ends, rows), chosen, [guesses[r.id] for r in chosen])
                 for r, token in zip(chosen, picked, strict=True):
-                    guesses[r.id].append(token)
-        for r, _ in requests:
+                    if token < 0:  # NaN, or nothing that is allowed: no more guesses
+                        wanted[r.id] = len(guesses[r.id])
+                    else:
+                        guesses[r.id].append(token)
+        for r in requests:
             r.draft = guesses[r.id]
             past, done = self._done.get(r.id, (r.num_preemptions, 0))
             self._done[r.id] = (past, min(done, len(r.tokens)))  # guesses that are refused are written again

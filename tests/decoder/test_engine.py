@@ -17,6 +17,7 @@ from swiftk.decoder.params import SamplingParams
 from swiftk.kernels.linear_cross_entropy import token_logprobs
 from swiftk.model import Model, load_checkpoint, save_adapter
 from swiftk.parallel.mesh import Mesh
+from swiftk.trainer.adamw_8bit import AdamW8bit
 from tests.model.families import FAMILIES, make_ours, pack, stir
 from tests.model.test_peft_files import tuner
 
@@ -297,6 +298,107 @@ def test_weights_that_move_under_a_running_request(tmp_path):
     )
 
 
+def cached_logprobs_equal_the_trainers(engine: Engine, model: Model, prompt: list[int]) -> bool:
+    """Of a prompt that the cache may hold from before."""
+    done = engine.generate([prompt], replace(LONG, logprobs=0))[0]
+    want = trainer_logprobs(model, done.prompt_token_ids + done.outputs[0].token_ids)[len(prompt) - 1 :]
+    return torch.equal(torch.tensor([x.logprob for x in done.outputs[0].logprobs or []], dtype=want.dtype), want)
+
+
+def data_swapped(model: Model) -> None:  # as averages of weights are swapped in
+    for p in model.parameters():
+        p.data = p.data * 1.2
+
+
+def other_tensors(model: Model) -> None:
+    model.load_state_dict({name: t * 1.2 for name, t in model.state_dict().items()}, assign=True)
+
+
+def scaled_while_frozen(model: Model) -> None:
+    for p in model.parameters():
+        p.mul_(1.2)
+
+
+def adamw_8bit_step(model: Model) -> None:
+    with torch.enable_grad():
+        hidden = model(torch.arange(40), torch.arange(40), torch.tensor([0, 40], dtype=torch.int32))
+        model.logits(hidden).float().square().mean().backward()
+    AdamW8bit(model.parameters(), lr=0.05).step()
+
+
+@pytest.mark.parametrize("change", [data_swapped, other_tensors, scaled_while_frozen, adamw_8bit_step])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_changed_by_whom_ever(change, dtype, tmp_path):
+    """In place or by other tensors, trained or frozen: neither tapes nor the prefix cache keep the old ones."""
+    model, _ = make_ours("llama-bias-yarn", tmp_path, dtype)
+    model.requires_grad_(change is not scaled_while_frozen)
+    engine, (prompt,) = engine_of(model), prompts(23)
+    assert cached_logprobs_equal_the_trainers(engine, model, prompt)
+    with torch.no_grad():
+        change(model)
+    assert cached_logprobs_equal_the_trainers(engine, model, prompt)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path):
+    model, _ = make_ours("qwen3", tmp_path)
+    engine = engine_of(model)
+    weight = model.model.embed_tokens.weight
+    weight.data = torch.cat([weight.data, weight.data])  # more rows than the logits have room for
+    with pytest.raises(ValueError, match="other shapes than they had"):
+        engine.generate(prompts(3), LONG)
+
+
+def test_a_recording_that_was_cut_short_is_not_played(tmp_path, monkeypatch):
+    """Ctrl-C while the first step of its size is recorded."""
+    model, _ = make_ours("qwen3", tmp_path)
+    engine, (prompt,) = engine_of(model), prompts(23)
+    calls = itertools.count()
+    multiply = engine.forward._multiply
+
+    def interrupted(*args):
+        if next(calls) == 9:
+            raise KeyboardInterrupt
+        multiply(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine.forward, "_multiply", interrupted)
+        engine.generate([prompt], LONG)
+    assert not engine.has_work
+    assert cached_logprobs_equal_the_trainers(engine, model, prompt)
+
+
+def test_generate_that_is_left_leaves_nothing_behind(tmp_path):
+    model, _ = make_ours("qwen3", tmp_path)
+    engine = engine_of(model)
+
+    def stop(number: int, update: Update) -> None:
+        raise RuntimeError("enough")
+
+    other = engine.add(prompts(4)[0], LONG)
+    with pytest.raises(RuntimeError, match="enough"):
+        engine.generate(prompts(5, 9), replace(LONG, n=2), on_update=stop)
+    found = run(engine, {other: 0})
+    assert list(found) == [(0, 0)] and sum(len(tokens_of(u)) for u in found.values()) <= 12
+
+
+def test_a_draft_model_with_nan_guesses_nothing(tmp_path):
+    model, _ = make_ours("qwen3", tmp_path / "a")
+    draft, _ = make_ours("qwen3", tmp_path / "b")
+    with torch.no_grad():
+        draft.model.norm.weight.fill_(math.nan)
+    given, params = prompts(9), replace(LONG, seed=1, repetition_penalty=1.2)
+    want, got = (engine_of(model, speculate=one).generate(given, params)[0].outputs[0] for one in (None, draft))
+    assert got.token_ids == want.token_ids
+
+
+def test_an_end_token_beyond_the_vocabulary(tmp_path):
+    """Of a tokenizer with more tokens than the model has: nothing to ban before min_tokens."""
+    model, _ = make_ours("qwen3", tmp_path)
+    model.config = replace(model.config, eos_token_id=(3, model.config.vocab_size + 2))
+    done = engine_of(model).generate(prompts(9), SamplingParams(max_tokens=4, min_tokens=4))[0]
+    assert len(done.outputs[0].token_ids) == 4
+
+
 def test_a_shared_prefix_is_computed_once(tmp_path):
     model, _ = make_ours("qwen3", tmp_path)
     shared = prompts(40)[0]
@@ -362,6 +464,13 @@ def test_requests_that_cannot_be_served(prompt, params, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         engine.add(prompt, params)
     assert len(tokens_of(run(engine, {id: 0})[0, 0])) == 12  # the others go on
+
+
+def test_a_priority_that_cannot_be_compared(tmp_path):
+    engine = engine_of(make_ours("qwen3", tmp_path)[0])
+    with pytest.raises(ValueError, match=r"^priority: has 'high', wants an integer"):
+        engine.add([1], LONG, priority="high")  # type: ignore[arg-type]
+    assert not engine.has_work
 
 
 def test_a_request_larger_than_the_pool(tmp_path):

@@ -105,7 +105,7 @@ def test_equals_a_trained_model_with_an_adapter(changes, threads, tmp_path):
                 assert torch.equal(hidden, torch.cat(packed(model, ids)))
                 assert torch.equal(paged.logits().to(dtype), model.logits(hidden))
                 stir(model)  # as an optimizer step would
-                paged.forward.refresh()
+                paged.forward.follow()
                 paged.done.clear()
         finally:
             torch.set_num_threads(before)
@@ -173,7 +173,7 @@ def test_trained_whole_under_bf16(tmp_path):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=0.01)
-        paged.forward.refresh()
+        paged.forward.follow()
         paged.done.clear()
 
 

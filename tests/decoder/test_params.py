@@ -28,6 +28,7 @@ def test_defaults_and_bounds_pass():
         ({"temperature": -0.1}, "temperature: has -0.1, wants a finite number >= 0"),
         ({"temperature": math.inf}, "temperature: has inf, wants a finite number"),
         ({"temperature": math.nan}, "temperature: has nan, wants a finite number"),
+        ({"temperature": 10**400}, "temperature: has 1000.*, wants a finite number"),
         ({"temperature": "hot"}, "temperature: has 'hot', wants a finite number"),
         ({"top_k": -1}, r"top_k: has -1, wants an integer of at least 0 \(0: off\)"),
         ({"top_k": 2**31}, "top_k: has 2147483648, wants an integer"),
