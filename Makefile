@@ -56,7 +56,7 @@ clean:
 
 .venv/.train: .venv/.torch pyproject.toml setup.py
 	@echo "Installing the trainer's packages and building the kernels: about five minutes on two cores"
-	$(PIP) --no-build-isolation -e ".[train]"
+	$(PIP) --no-build-isolation -e ".[train,serve]"
 	@touch $@
 
 .venv/.test: .venv/.train

@@ -22,10 +22,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from fastapi import APIRouter, Depends, FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
+try:
+    import uvicorn
+    from fastapi import APIRouter, Depends, FastAPI, Request
+    from fastapi.responses import JSONResponse, Response, StreamingResponse
+    from starlette.exceptions import HTTPException
+except ImportError as missing:
+    raise SystemExit(f"swiftk.serve: {missing}; wants fastapi and uvicorn: pip install -e '.[serve]'") from missing
 
 from swiftk.decoder.engine import Engine, Update
 from swiftk.decoder.text import TokenStrings, chat_tokens
