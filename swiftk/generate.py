@@ -211,7 +211,7 @@ def read_jobs(path: str, prompter: Prompter, settings: dict[str, Any]) -> list[J
     Raises: ValueError that names the line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # splitlines also cuts at U+2028, which a text may have
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ValueError(f"prompts: {path} cannot be read ({why})") from None
@@ -233,7 +233,7 @@ def read_jobs(path: str, prompter: Prompter, settings: dict[str, Any]) -> list[J
             tokens, params, adapter = prompter.request(row)
             if params.seed is not None and "seed" not in row:
                 params = dataclasses.replace(params, seed=params.seed + index)  # rows are not to share their noise
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"prompts: {path} line {number} is not JSON ({error})") from None
         except ValueError as error:
             raise ValueError(f"prompts: {path} line {number}: {error}") from None

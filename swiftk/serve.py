@@ -31,7 +31,7 @@ except ImportError as missing:
     raise SystemExit(f"swiftk.serve: {missing}; wants fastapi and uvicorn: pip install -e '.[serve]'") from missing
 
 from swiftk.decoder.engine import Engine, Update
-from swiftk.decoder.text import TokenStrings, chat_tokens
+from swiftk.decoder.text import TokenStrings, chat_tokens, tokens_of
 from swiftk.decoder.worker import EngineError, QueueFullError, Ticket, Worker
 from swiftk.decoder_arguments import Parser, add_engine_keys, make_engine, turn_ends
 from swiftk.openai_api import Answers, Asked, Choice, Refused, of_kind, read_prompts, read_request
@@ -86,7 +86,7 @@ class Service:
     async def answer(self, request: Request, chat: bool) -> Response:
         try:
             body = await request.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refused(400, f"the body is not JSON ({error})") from None
         asked = read_request(body, chat, self.names, next(iter(self.names)))
         tickets = await self.tickets(asked)
@@ -122,7 +122,7 @@ class Service:
             if asked.chat:
                 return [(None, chat_tokens(self.tokenizer, body.get("messages"), options))]  # type: ignore[arg-type]
             return [
-                (prompt, list(self.tokenizer.encode(prompt))) if isinstance(prompt, str) else (None, prompt)
+                (prompt, tokens_of(self.tokenizer, prompt)) if isinstance(prompt, str) else (None, prompt)
                 for prompt in read_prompts(body.get("prompt"))
             ]
 

@@ -30,7 +30,7 @@ from swiftk.decoder.request import Request
 from swiftk.decoder.sampler import Row, Sampler, TokenLogprob
 from swiftk.decoder.scheduler import Scheduler, SchedulerConfig, Work
 from swiftk.decoder.speculate import Drafter, DraftModel, PromptLookup
-from swiftk.decoder.text import Detokenizer, StopStrings
+from swiftk.decoder.text import Detokenizer, StopStrings, tokens_of
 from swiftk.model import Model, ModelConfig
 
 PROMPT_ROWS = 64  # rows of logits at a time, for the log-probabilities of prompts
@@ -269,7 +269,7 @@ class Engine:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError("prompt: has text, wants token ids: the engine has no tokenizer")
-            tokens = list(self.tokenizer.encode(prompt))
+            tokens = tokens_of(self.tokenizer, prompt)
         else:
             tokens = [int(t) for t in prompt]
         if not tokens:
@@ -283,8 +283,10 @@ class Engine:
     def abort(self, id: int) -> None:
         """Ends a request in any state; one that is unknown or finished is passed over. The next step reports it."""
         for number in self._of.get(id, [])[:]:
+            one = self._sequences[number]
             self.scheduler.abort(number)
-            self._done.append(self._end(self._sequences[number], [], "", None, "abort", None))
+            self._forget(one)
+            self._done.append(self._update(one, [], "", None, "abort", None))
 
     @property
     def has_work(self) -> bool:
@@ -332,9 +334,10 @@ class Engine:
             ends.append((w.request.id, update))
             at = stop
         self.scheduler.commit(batch, commits)
-        for number, update in ends:
+        for number, update in ends:  # only now: a step that fails before its commit has ended nobody
             if update.finish_reason is not None:
                 self.scheduler.finish(number, update.finish_reason)
+                self._forget(self._sequences[number])
         return self._reported([update for _, update in ends])
 
     def _reported(self, updates: list[Update]) -> list[Update]:
@@ -360,7 +363,7 @@ class Engine:
         for i, token in enumerate(tokens):
             if token < 0:
                 why = "the logits have NaN, or no token is allowed"
-                return [0], self._end(one, [], "", None, "error", why)
+                return [0], self._update(one, [], "", None, "error", why)
             new.append(token)
             if token in one.ends:
                 reason = "stop"
@@ -387,9 +390,7 @@ class Engine:
                     reason, stop = "stop", hit
             text += piece
         found = [x for x in logprobs[: len(new)] if x is not None] if params.logprobs is not None else None
-        if reason is not None:
-            return new, self._end(one, new, text, found, reason, stop)
-        return new, self._update(one, new, text, found, None, None)
+        return new, self._update(one, new, text, found, reason, stop)
 
     def _update(self, one: _Sequence, tokens, text, logprobs, reason, stop) -> Update:
         prompt, one.prompt_logprobs = one.prompt_logprobs, None
@@ -398,8 +399,8 @@ class Engine:
             self.model.weight_version,
         )  # fmt: skip
 
-    def _end(self, one: _Sequence, tokens, text, logprobs, reason, stop) -> Update:
-        """The last update of a sequence; the engine forgets it."""
+    def _forget(self, one: _Sequence) -> None:
+        """A sequence that has ended."""
         number = one.request.id
         del self._sequences[number]
         self._of[one.id].remove(number)
@@ -407,7 +408,6 @@ class Engine:
             del self._of[one.id]
         if self.drafter is not None:
             self.drafter.forget(number)
-        return self._update(one, tokens, text, logprobs, reason, stop)
 
     def _score_prompt(self, work: Work, first: int, count: int) -> None:
         """Log-probabilities of the prompt's tokens that this step's rows predict."""

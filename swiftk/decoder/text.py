@@ -102,6 +102,15 @@ class Detokenizer:
         self._completes = 0
 
 
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """Raises: ValueError for half a character (JSON may hold one, as \\ud83d): no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt: has half a character at {error.start} ({text[error.start]!r}), wants text") from None
+    return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+
 class StopStrings:
     """Ends a text at the stop string that is complete first; of several that end together, at the longest.
 
@@ -229,4 +238,4 @@ def chat_tokens(
         text = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **options)
     except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"messages: the chat template refuses them ({error})") from error
-    return list(tokenizer.encode(str(text), add_special_tokens=False))
+    return tokens_of(tokenizer, str(text), add_special_tokens=False)

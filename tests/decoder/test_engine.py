@@ -491,6 +491,20 @@ def test_nan_ends_its_request_alone(tmp_path):
     assert found[1, 0][-1].finish_reason == "length"
 
 
+def test_a_step_that_fails_ends_nobody(tmp_path, monkeypatch):
+    """Whatever it had found out: the request that would have ended goes on with the next step."""
+    model, _ = make_ours("qwen3", tmp_path)
+    engine, params = engine_of(model), replace(LONG, max_tokens=1, seed=1)
+    (prompt,) = prompts(9)
+    want = engine.generate([prompt], params)[0].outputs[0].token_ids
+    ids = {engine.add(prompt, params): 0, engine.add(prompt, params): 1}
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(engine.scheduler, "commit", lambda batch, tokens: (_ for _ in ()).throw(MemoryError))
+        engine.step()
+    found = run(engine, ids)
+    assert [tokens_of(found[i, 0]) for i in (0, 1)] == [want, want]
+
+
 def test_what_does_not_fit_in_memory_is_said_before_loading(tmp_path, monkeypatch):
     make_ours("qwen3", tmp_path)
     monkeypatch.setattr("swiftk.decoder.loading.load_model", None)

@@ -250,10 +250,22 @@ def test_wrong_input(model, adapter, tmp_path, capsys):
         assert run(model, "--prompts", good, "--output", out) == 2, text
         error = capsys.readouterr().err
         assert text in error and f"prompts: {good} line 1" in error and error.count("\n") == 1, error
+    good.write_text('{"prompt": "a"}\n' + "[" * 100_000)
+    assert run(model, "--prompts", good, "--output", out) == 2
+    assert "line 2 is not JSON" in capsys.readouterr().err
     good.write_text('{"prompt": "a"}\n{"prompt"')
     assert run(model, "--prompts", good, "--output", out) == 2
     assert "line 2 is not JSON" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_only_a_newline_ends_a_row(model, tmp_path):
+    """Texts of the web have other separators of lines in them; JSON lets them stand."""
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    given = [{"prompt": "the\u2028quick\x85brown"}, {"prompt": "fox"}]
+    rows.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in given), encoding="utf-8", newline="")
+    assert run(model, "--prompts", rows, "--output", out, "--max_tokens", 2) == 0
+    assert [json.loads(line)["input"] for line in out.read_bytes().split(b"\n")[:-1]] == given
 
 
 def test_wrong_keys(model, capsys):

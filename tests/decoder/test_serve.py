@@ -319,8 +319,12 @@ def test_errors_are_openais(served):
     }.items():  # fmt: skip
         answer = post(served, "completions", body)
         assert answer.status_code == 400 and text in answer.json()["error"]["message"], answer.json()
-    broken = httpx.post(f"{served.url}/v1/completions", headers={"Authorization": f"Bearer {KEY}"}, content=b"{")
-    assert broken.status_code == 400 and "not JSON" in broken.json()["error"]["message"]
+    for text, content in {
+        "not JSON": b"{", "the body is not JSON": b"[" * 100_000, "half a character": rb'{"prompt": "a\ud800"}',
+        "temperature: has 1000": b'{"prompt": "a", "temperature": 1%s}' % (b"0" * 400),
+    }.items():  # fmt: skip
+        broken = httpx.post(f"{served.url}/v1/completions", headers={"Authorization": f"Bearer {KEY}"}, content=content)
+        assert broken.status_code == 400 and text in broken.json()["error"]["message"], broken.text
     assert httpx.get(f"{served.url}/v2").json()["error"]["message"] == "GET /v2: Not Found"
     fine = {"stop": None, "tools": None, "best_of": 1, "suffix": None, "user": "me", "response_format": {"type": "text"}}
     assert post(served, "completions", {"prompt": "a", "max_tokens": 1, **fine}).status_code == 200
