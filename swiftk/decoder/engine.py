@@ -286,7 +286,7 @@ class Engine:
             one = self._sequences[number]
             self.scheduler.abort(number)
             self._forget(one)
-            self._done.append(self._update(one, [], "", None, "abort", None))
+            self._done.append(self._update(one, [], self._held(one)[0], None, "abort", None))
 
     @property
     def has_work(self) -> bool:
@@ -381,13 +381,9 @@ class Engine:
             if reason is not None or (i < work.num_draft and token != draft[i]):
                 break
         if reason is not None and not isinstance(stop, str) and one.text is not None:
-            piece = one.text.flush()
-            if one.stops is not None:
-                piece, hit = one.stops.push(piece)
-                if hit is None:
-                    piece += one.stops.flush()
-                elif reason == "length":
-                    reason, stop = "stop", hit
+            piece, hit = self._held(one)
+            if hit is not None and reason == "length":
+                reason, stop = "stop", hit
             text += piece
         found = [x for x in logprobs[: len(new)] if x is not None] if params.logprobs is not None else None
         return new, self._update(one, new, text, found, reason, stop)
@@ -398,6 +394,15 @@ class Engine:
             one.id, one.index, tokens, text, logprobs, reason, stop, prompt, one.request.num_cached_tokens,
             self.model.weight_version,
         )  # fmt: skip
+
+    def _held(self, one: _Sequence) -> tuple[str, str | None]:
+        """The text that was held back, at the end of a sequence, and the stop string that is in it."""
+        piece, hit = "" if one.text is None else one.text.flush(), None
+        if one.stops is not None:
+            piece, hit = one.stops.push(piece)
+            if hit is None:
+                piece += one.stops.flush()
+        return piece, hit
 
     def _forget(self, one: _Sequence) -> None:
         """A sequence that has ended."""

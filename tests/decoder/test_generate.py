@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -257,6 +258,19 @@ def test_wrong_input(model, adapter, tmp_path, capsys):
     assert run(model, "--prompts", good, "--output", out) == 2
     assert "line 2 is not JSON" in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_the_text_of_an_abort_is_that_of_its_tokens(model):
+    """What may have been the beginning of a stop string is not lost."""
+    engine = Engine(model, torch_dtype="float32", max_num_seqs=4)
+    params = SamplingParams(max_tokens=12, seed=3, ignore_eos=True)
+    text = engine.generate("the quick", params)[0].outputs[0].text
+    got, id = "", engine.add("the quick", dataclasses.replace(params, stop=(text + "!",)))  # all of it is held back
+    for _ in range(11):
+        got += "".join(update.text for update in engine.step())
+    engine.abort(id)
+    (last,) = engine.step()
+    assert not got and last.finish_reason == "abort" and len(last.text) > 5 and text.startswith(last.text.rstrip("\ufffd"))
 
 
 def test_only_a_newline_ends_a_row(model, tmp_path):
