@@ -427,7 +427,11 @@ def main(argv: list[str]) -> int:
             say("(as a user's turn in the chat template; --chat false continues the text as it is)")
         if args.prompts is not None:
             names = {name: str(Path(directory).absolute()) for name, directory in named_adapters(args.adapters).items()}
-            settings = {"model": str(Path(args.model).absolute()), "adapters": names}
+            settings: dict[str, Any] = {"model": str(Path(args.model).absolute()), "adapters": names}
+            settings["weights"] = [  # a model that is trained again into its folder is another one
+                (file.name, file.stat().st_size, file.stat().st_mtime_ns)
+                for folder in (args.model, *names.values()) for file in sorted(Path(folder).glob("*.safetensors"))
+            ]  # fmt: skip
             settings |= {name: getattr(args, name) for name in ("torch_dtype", "quant_bits", "quant_head", "isa")}
             return from_file(prompter, args.prompts, args.output, settings)
         return conversation(prompter) if args.prompt is None else one_prompt(prompter, args.prompt)

@@ -50,7 +50,7 @@ class Update:
     stop_reason: str | int | None = None  # the stop string or the id of stop_token_ids that ended it; the error's text
     prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first token of index 0; None for the prompt's first
     num_cached_tokens: int = 0  # of the prompt, read from the prefix cache
-    weight_version: int = 0
+    weight_version: int = 0  # of these tokens: a request whose weights change goes on with the new ones
 
 
 @dataclass
@@ -129,6 +129,12 @@ class Engine:
         max_num_seqs: int = 64, max_batched_tokens: int = 512, max_model_len: int | None = None, prefix_caching: bool = True,
         speculate: str | Model | Path | None = None, num_draft_tokens: int = 4, speculate_up_to: int = 8, isa: str = "auto",
     ) -> None:  # fmt: skip
+        for name, value, least in (
+            ("max_num_seqs", max_num_seqs, 1), ("max_batched_tokens", max_batched_tokens, max_num_seqs),
+            ("block_size", block_size, 1), ("num_draft_tokens", num_draft_tokens, 0),
+        ):  # fmt: skip
+            if value < least:
+                raise ValueError(f"Engine: {name} has {value}, wants at least {least}")
         adapters, own = dict(adapters or {}), None
         cache: dict[str, Any] = dict(
             block_size=block_size, max_seqs=max_num_seqs, max_len=max_model_len, cache_gib=cache_gib, num_blocks=num_blocks
@@ -173,6 +179,7 @@ class Engine:
         self._done: list[Update] = []  # of aborts, for the next step
         self._eos = self._end_tokens(directory)
         self.num_computed_tokens = 0  # rows of all forwards so far
+        self._seen_version = self.model.weight_version
 
     def _drafter(self, speculate: str | Model | Path | None, isa: str, sizes: dict[str, Any]) -> Drafter | None:
         if speculate is None:
@@ -432,6 +439,9 @@ class Engine:
         """Where weights have moved: what was computed with the old ones is computed again."""
         if not self.forward.follow():
             return
+        if self.model.weight_version == self._seen_version:  # not by the trainer's loop, which counts its steps
+            self.model.weight_version += 1
+        self._seen_version = self.model.weight_version
         self.scheduler.set_weight_version(self.scheduler.weight_version + 1)
         for one in self._sequences.values():
             if one.prompt_logprobs is not None:

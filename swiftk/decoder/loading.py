@@ -80,6 +80,8 @@ def cache_blocks(
             f"model: its weights take {weights / GIB:.2f} GiB, {(free + weights) / GIB:.2f} GiB of memory are free; wants a "
             "smaller model, --torch_dtype bfloat16, or --quant_bits 4"
         )
+    if cache_gib is not None and not 0 < cache_gib < math.inf:
+        raise ValueError(f"cache_gib: has {cache_gib}, wants a finite number above 0")
     if num_blocks is None and cache_gib is not None:
         num_blocks = int(cache_gib * GIB / each)
     if num_blocks is None:

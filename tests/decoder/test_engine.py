@@ -533,6 +533,13 @@ def test_an_adapter_of_another_base(tmp_path):
 
 def test_options_that_do_not_go_together(tmp_path):
     model, _ = make_ours("qwen3", tmp_path)
+    for options, message in (
+        (dict(max_batched_tokens=5), "max_batched_tokens has 5, wants at least 6"),
+        (dict(num_draft_tokens=-1), "num_draft_tokens has -1, wants at least 0"),
+        (dict(cache_gib=math.inf, num_blocks=None), "cache_gib: has inf, wants a finite number above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine_of(model, **options)
     with pytest.raises(ValueError, match=r"^Engine: quant_bits, quant_head or torch_dtype has a value, wants none"):
         Engine(model, quant_bits=4)
     other = Model(replace(model.config, vocab_size=50), Mesh.single())
