@@ -179,7 +179,6 @@ class Engine:
         self._done: list[Update] = []  # of aborts, for the next step
         self._eos = self._end_tokens(directory)
         self.num_computed_tokens = 0  # rows of all forwards so far
-        self._seen_version = self.model.weight_version
 
     def _drafter(self, speculate: str | Model | Path | None, isa: str, sizes: dict[str, Any]) -> Drafter | None:
         if speculate is None:
@@ -439,9 +438,6 @@ class Engine:
         """Where weights have moved: what was computed with the old ones is computed again."""
         if not self.forward.follow():
             return
-        if self.model.weight_version == self._seen_version:  # not by the trainer's loop, which counts its steps
-            self.model.weight_version += 1
-        self._seen_version = self.model.weight_version
         self.scheduler.set_weight_version(self.scheduler.weight_version + 1)
         for one in self._sequences.values():
             if one.prompt_logprobs is not None:
