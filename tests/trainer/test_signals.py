@@ -112,6 +112,7 @@ def test_a_rank_that_is_killed_is_named_within_30_seconds(tmp_path, ranks):
 def test_a_rank_that_is_frozen_is_named(tmp_path, ranks):
     first, second = ranks(toy.arguments(tmp_path, heartbeat_timeout=10, **LONG))
     wait_for(first, r"global_step/max_steps 3/")
+    time.sleep(6)  # a sign of life, which says where the rank is, comes a few times in heartbeat_timeout
     second.send_signal(signal.SIGSTOP)
     text = first.communicate(timeout=40)[0]
     assert first.returncode == 13 and "rank 1 died: no sign of life for 10 s, last seen at all_" in text, text
