@@ -1,6 +1,9 @@
 """The compiled kernels: addresses, sizes, a dtype code, a thread count, an instruction set. kernels/*.py checks them."""
 
+from collections.abc import Sequence
+
 __version__: str
+_Product = tuple[tuple[int, int], tuple[int, int], int, int, int, tuple[int, int], int]  # s, t, J, scale, bias, y, N
 
 class Tape:
     """Records the calls of this thread between start and stop that csrc binds with `define`; run makes them again."""
@@ -17,13 +20,12 @@ def adamw_8bit(
     tensors: int, rates: int, count: int, signed_code: tuple[int, ...], unsigned_code: tuple[int, ...], threads: int, isa: str,
 ) -> None: ...  # fmt: skip
 def linear_fwd(
-    dtype: int, acc_out: bool, x: tuple[int, int], w: tuple[int, int], s: tuple[int, int], t: tuple[int, int], scale: int,
-    bias: int, y: tuple[int, int], M: int, N: int, K: int, J: int, threads: int, isa: str,
+    dtype: int, acc_out: bool, x: tuple[int, int], weights: Sequence[tuple[int, int]], products: Sequence[_Product], M: int,
+    K: int, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
 def nf4_linear_fwd(
-    dtype: int, acc_out: bool, x: tuple[int, int], codes: tuple[int, int], absmax: tuple[int, int], wide_absmax: bool,
-    blocksize: int, s: tuple[int, int], t: tuple[int, int], scale: int, bias: int, y: tuple[int, int], M: int, N: int,
-    K: int, J: int, threads: int, isa: str,
+    dtype: int, acc_out: bool, x: tuple[int, int], weights: Sequence[tuple[tuple[int, int], tuple[int, int], bool, int]],
+    products: Sequence[_Product], M: int, K: int, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
 def dropout_fwd(
     dtype: int, x: int, ldx: int, y: int, ldy: int, rows: int, cols: int, scale: float, threshold: int, seed_step: int,

@@ -13,7 +13,7 @@ import torch
 
 from swiftk.decoder import forward
 from swiftk.kernels._native import native, threads
-from swiftk.kernels.lora_linear import base_product
+from swiftk.kernels.lora_linear import base_products
 from swiftk.model import Model, ModelConfig
 from swiftk.parallel.mesh import Mesh
 
@@ -78,9 +78,16 @@ def vendor_products(fastest: dict[Any, bool] | None) -> Iterator[None]:
     current: list[_CutTape] = []
     cold = torch.ones(24 << 20)  # 96 MB: read between two timings, more than the caches hold
 
-    def product(x, weight, bias, y, isa, tail=None, scale=None) -> None:
-        if any(t is not None for t in (tail, scale, bias)) or not isinstance(weight, torch.Tensor) or x.dtype != y.dtype:
-            base_product(x, weight, bias, y, isa, tail=tail, scale=scale)
+    def products(x, group, isa) -> None:
+        for p in group:
+            product(x, p, isa)
+
+    def product(x, p, isa) -> None:
+        weight, y = p.weight, p.y
+        ours = functools.partial(base_products, x, [p], isa)
+        plain = all(t is None for t in (p.tail, p.scale, p.bias)) and isinstance(weight, torch.Tensor)
+        if not plain or x.dtype != y.dtype:
+            ours()
             return
         run = functools.partial(torch.mm, x, weight.t(), out=y)
         tape = current[-1] if current else None
@@ -89,7 +96,7 @@ def vendor_products(fastest: dict[Any, bool] | None) -> Iterator[None]:
         key = ((len(x) - 1).bit_length(), *weight.shape)
         if fastest is not None and key not in fastest:
             taken = []
-            for f in (functools.partial(base_product, x, weight, None, y, isa), run):
+            for f in (ours, run):
                 best = float("inf")
                 for _ in range(4):
                     native().read_memory(cold.data_ptr(), cold.nbytes, threads())
@@ -102,23 +109,23 @@ def vendor_products(fastest: dict[Any, bool] | None) -> Iterator[None]:
         if tape is None and theirs:
             run()
         elif tape is None:
-            base_product(x, weight, bias, y, isa)
+            ours()
         elif theirs:
             tape.parts.append(run)
             tape.open()
         else:
             tape.open()
-            base_product(x, weight, bias, y, isa)
+            ours()
 
     def new_tape() -> _CutTape:
         return _CutTape(current)
 
-    kept = forward.native, forward.base_product
-    forward.native, forward.base_product = (lambda: SimpleNamespace(Tape=new_tape)), product  # type: ignore[assignment]
+    kept = forward.native, forward.base_products
+    forward.native, forward.base_products = (lambda: SimpleNamespace(Tape=new_tape)), products  # type: ignore[assignment]
     try:
         yield
     finally:
-        forward.native, forward.base_product = kept
+        forward.native, forward.base_products = kept
 
 
 class _CutTape:

@@ -26,6 +26,8 @@ Not supported: fp16, an activation in the epilogue, a CUDA kernel (not there yet
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,6 +54,16 @@ def linear_ref(
 # --- launchers ---------------------------------------------------------------------------------------------------
 
 
+class Product(NamedTuple):
+    """One of several products of an x: y = scale (x W^T + s t^T) + bias, with the tail (s, t). Shapes as linear_out's."""
+
+    weight: Any  # (N, K): a tensor, or an NF4Tensor
+    bias: torch.Tensor | None
+    y: torch.Tensor
+    tail: tuple[torch.Tensor, torch.Tensor] | None = None
+    scale: torch.Tensor | None = None
+
+
 def linear_out(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, isa: str = "auto", *,
     tail: tuple[torch.Tensor, torch.Tensor] | None = None, scale: torch.Tensor | None = None,
@@ -62,12 +74,13 @@ def linear_out(
     the weight is a range of columns of y); bias (N,) and scale (N,) contiguous. y has x's dtype or the accumulate dtype (bf16 x
     and fp32 y: unrounded logits), scale the accumulate dtype, everything else x's.
     """
-    s, t, R = tail_args(tail)
-    native().linear_fwd(
-        DTYPE_CODES[x.dtype], y.dtype == acc_dtype(x.dtype), row_args(x), row_args(weight), s, t,
-        0 if scale is None else scale.data_ptr(), 0 if bias is None else bias.data_ptr(), row_args(y), x.shape[0],
-        weight.shape[0], x.shape[1], R, threads(), isa,
-    )  # fmt: skip
+    linear_group_out(x, [Product(weight, bias, y, tail, scale)], isa)
+
+
+def linear_group_out(x: torch.Tensor, products: Sequence[Product], isa: str = "auto") -> None:
+    """linear_out for each of them, whose y have one dtype: the same bits, in one parallel region over all columns."""
+    weights = [row_args(p.weight) for p in products]
+    native().linear_fwd(*group_args(x, products, weights), *x.shape, threads(), isa)
 
 
 def row_args(t: torch.Tensor) -> tuple[int, int]:
@@ -75,8 +88,20 @@ def row_args(t: torch.Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.stride(0)
 
 
-def tail_args(tail: tuple[torch.Tensor, torch.Tensor] | None) -> tuple[tuple[int, int], tuple[int, int], int]:
-    return ((0, 0), (0, 0), 0) if tail is None else (row_args(tail[0]), row_args(tail[1]), tail[0].shape[1])
+def group_args(x: torch.Tensor, products: Sequence[Product], weights: list) -> tuple:
+    """What the native calls of linear and nf4_linear share: dtypes, x, weights as given, the rest of each product."""
+    none = (0, 0)
+    return (
+        DTYPE_CODES[x.dtype], products[0].y.dtype == acc_dtype(x.dtype), row_args(x), weights,
+        [
+            (
+                *((none, none, 0) if p.tail is None else (row_args(p.tail[0]), row_args(p.tail[1]), p.tail[0].shape[1])),
+                0 if p.scale is None else p.scale.data_ptr(), 0 if p.bias is None else p.bias.data_ptr(), row_args(p.y),
+                p.y.shape[1],
+            )
+            for p in products
+        ],
+    )  # fmt: skip
 
 
 def with_rows(t: torch.Tensor) -> torch.Tensor:

@@ -35,9 +35,9 @@ import torch
 from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
 from swiftk.kernels.dropout import Dropout, check_dropout, dropout_keys, dropout_out, dropout_ref
-from swiftk.kernels.linear import as_matrix, linear_out, matmul_dtype, row_args, with_rows
+from swiftk.kernels.linear import Product, as_matrix, linear_group_out, matmul_dtype, row_args, with_rows
 from swiftk.kernels.nf4 import NF4Tensor, check_nf4, nf4_dequantize, nf4_dequantize_ref, plain_absmax, take_rows
-from swiftk.kernels.nf4_linear import matmul_weight, nf4_linear_out
+from swiftk.kernels.nf4_linear import matmul_weight, nf4_linear_group_out
 
 ALIGN = 32  # columns of one of several adapters: a multiple of every Dot<T>::step, so lanes do not depend on the others
 NORM_ROWS = 1024  # rows of an NF4 weight that row_norm_sq dequantises at a time
@@ -139,8 +139,14 @@ def _column_dot(p: torch.Tensor, q: torch.Tensor, isa: str) -> torch.Tensor:
 
 def base_product(x, weight, bias, y, isa, tail=None, scale=None) -> None:
     """linear_out or nf4_linear_out: y = scale (x W^T + s t^T) + bias with tail = (s, t)."""
-    out = nf4_linear_out if isinstance(weight, NF4Tensor) else linear_out
-    out(x, weight, bias, y, isa, tail=tail, scale=scale)
+    base_products(x, [Product(weight, bias, y, tail, scale)], isa)
+
+
+def base_products(x: torch.Tensor, products: Sequence[Product], isa: str) -> None:
+    """Several of one x, the plain and the NF4 ones in one call each."""
+    for nf4, out in ((False, linear_group_out), (True, nf4_linear_group_out)):
+        if group := [p for p in products if isinstance(p.weight, NF4Tensor) == nf4]:
+            out(x, group, isa)
 
 
 # --- operator ----------------------------------------------------------------------------------------------------

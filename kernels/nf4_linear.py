@@ -14,11 +14,13 @@ Not supported: fp16, stacks of experts, a CUDA kernel (not there yet).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape
-from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
-from swiftk.kernels.linear import as_matrix, linear_ref, matmul_dtype, row_args, tail_args, with_rows
+from swiftk.kernels._native import acc_dtype, native, no_cuda_kernel, threads
+from swiftk.kernels.linear import Product, as_matrix, group_args, linear_ref, matmul_dtype, row_args, with_rows
 from swiftk.kernels.nf4 import NF4Tensor, check_nf4, nf4_dequantize_out, nf4_dequantize_ref
 
 # --- reference ---------------------------------------------------------------------------------------------------
@@ -41,13 +43,17 @@ def nf4_linear_out(
     w (N, K): rows of codes and absmax at any stride, so a range of its rows or, from block to block, of its columns is a view.
     Nested absmax are decoded first.
     """
-    s, t, R = tail_args(tail)
-    absmax = w.absmax if w.nested is None else w.absmax_fp32()
-    native().nf4_linear_fwd(
-        DTYPE_CODES[x.dtype], y.dtype == acc_dtype(x.dtype), row_args(x), row_args(w.codes), row_args(absmax),
-        absmax.dtype == torch.float32, w.blocksize, s, t, 0 if scale is None else scale.data_ptr(),
-        0 if bias is None else bias.data_ptr(), row_args(y), x.shape[0], w.codes.shape[0], x.shape[1], R, threads(), isa,
-    )  # fmt: skip
+    nf4_linear_group_out(x, [Product(w, bias, y, tail, scale)], isa)
+
+
+def nf4_linear_group_out(x: torch.Tensor, products: Sequence[Product], isa: str = "auto") -> None:
+    """nf4_linear_out for each of them; see linear_group_out."""
+    absmax = [p.weight.absmax if p.weight.nested is None else p.weight.absmax_fp32() for p in products]
+    weights = [
+        (row_args(p.weight.codes), row_args(scales), scales.dtype == torch.float32, p.weight.blocksize)
+        for p, scales in zip(products, absmax, strict=True)
+    ]
+    native().nf4_linear_fwd(*group_args(x, products, weights), *x.shape, threads(), isa)
 
 
 SLICE_BYTES = 32 << 20  # of dequantised weight at a time, in the backward

@@ -14,12 +14,14 @@ namespace swiftk {
 void bind_linear(py::module_& m) {
   define(
       m, "linear_fwd",
-      [](int dtype, bool acc_out, const Rows& x, const Rows& w, const Rows& s, const Rows& t, uintptr_t scale, uintptr_t bias,
-         const Rows& y, int64_t M, int64_t N, int64_t K, int64_t J, int threads, const std::string& isa) {
+      [](int dtype, bool acc_out, const Rows& x, const std::vector<Rows>& weights, const std::vector<Product>& products, int64_t M,
+         int64_t K, int threads, const std::string& isa) {
         const Isa path = resolve_isa(isa);
-        with_linear_call(dtype, acc_out, x, s, t, scale, bias, y, M, N, K, J, threads, [&](const auto& call) {
-          decltype(call.x) weight{reinterpret_cast<decltype(call.x.data)>(std::get<0>(w)), std::get<1>(w)};
-          SWIFTK_DISPATCH(path, linear_fwd(call, weight));
+        with_linear_calls(dtype, acc_out, x, products, M, K, threads, [&](const auto& calls) {
+          using Weight = decltype(calls[0].x);
+          std::vector<Weight> ws;
+          for (const auto& [address, ld] : weights) ws.push_back({reinterpret_cast<decltype(Weight::data)>(address), ld});
+          SWIFTK_DISPATCH(path, linear_fwd(calls.data(), ws.data(), int(calls.size())));
         });
       });
 }

@@ -1,7 +1,8 @@
-// What a call of linear and nf4_linear reads and writes; shared by their bindings and, in every instruction set, by linear.inc.
+// What the calls of linear and nf4_linear read and writes; shared by their bindings and, in every instruction set, by linear.inc.
 #pragma once
 
 #include <tuple>
+#include <vector>
 
 #include "cpu/types.h"
 
@@ -33,17 +34,23 @@ template <class T, class O> struct LinearCall {
 
 using Rows = std::tuple<uintptr_t, int64_t>;  // address, elements between rows
 
-// Calls f(LinearCall<T, O>) for a dtype code and the dtype of y.
+// One of several products of an x, without its weight: s, t, J, scale, bias, y, N.
+using Product = std::tuple<Rows, Rows, int64_t, uintptr_t, uintptr_t, Rows, int64_t>;
+
+// Calls f(std::vector<LinearCall<T, O>>) for a dtype code and the dtype of the y.
 template <class F>
-void with_linear_call(int dtype, bool acc_out, const Rows& x, const Rows& s, const Rows& t, uintptr_t scale, uintptr_t bias,
-                      const Rows& y, int64_t M, int64_t N, int64_t K, int64_t J, int threads, F&& f) {
+void with_linear_calls(int dtype, bool acc_out, const Rows& x, const std::vector<Product>& products, int64_t M, int64_t K, int threads,
+                       F&& f) {
   dispatch_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     auto matrix = [](const Rows& m) { return Matrix<T>{pointer<const T>(std::get<0>(m)), std::get<1>(m)}; };
     auto call = [&](auto o) {
       using O = decltype(o);
-      f(LinearCall<T, O>{matrix(x), matrix(s), matrix(t), pointer<const acc_t<T>>(scale), pointer<const T>(bias),
+      std::vector<LinearCall<T, O>> calls;
+      for (const auto& [s, t, J, scale, bias, y, N] : products)
+        calls.push_back({matrix(x), matrix(s), matrix(t), pointer<const acc_t<T>>(scale), pointer<const T>(bias),
                          pointer<O>(std::get<0>(y)), std::get<1>(y), M, N, K, J, threads});
+      f(calls);
     };
     if (acc_out) call(acc_t<T>{});
     else call(T{});

@@ -11,19 +11,23 @@
 
 namespace swiftk {
 
+using Nf4Weight = std::tuple<Rows, Rows, bool, int64_t>;  // codes, absmax, whether it is fp32, block size
+
 void bind_nf4_linear(py::module_& m) {
   define(
       m, "nf4_linear_fwd",
-      [](int dtype, bool acc_out, const Rows& x, const Rows& codes, const Rows& absmax, bool wide_absmax, int64_t blocksize,
-         const Rows& s, const Rows& t, uintptr_t scale, uintptr_t bias, const Rows& y, int64_t M, int64_t N, int64_t K, int64_t J,
-         int threads, const std::string& isa) {
+      [](int dtype, bool acc_out, const Rows& x, const std::vector<Nf4Weight>& weights, const std::vector<Product>& products, int64_t M,
+         int64_t K, int threads, const std::string& isa) {
         const Isa path = resolve_isa(isa);
-        int shift = 5;
-        while (int64_t(1) << shift < blocksize) ++shift;
-        const Nf4Matrix weight{pointer<const uint8_t>(std::get<0>(codes)), std::get<1>(codes), pointer<const void>(std::get<0>(absmax)),
-                               std::get<1>(absmax), wide_absmax, shift};
-        with_linear_call(dtype, acc_out, x, s, t, scale, bias, y, M, N, K, J, threads,
-                         [&](const auto& call) { SWIFTK_DISPATCH(path, linear_fwd(call, weight)); });
+        std::vector<Nf4Matrix> ws;
+        for (const auto& [codes, absmax, wide, blocksize] : weights) {
+          int shift = 5;
+          while (int64_t(1) << shift < blocksize) ++shift;
+          ws.push_back({pointer<const uint8_t>(std::get<0>(codes)), std::get<1>(codes), pointer<const void>(std::get<0>(absmax)),
+                        std::get<1>(absmax), wide, shift});
+        }
+        with_linear_calls(dtype, acc_out, x, products, M, K, threads,
+                          [&](const auto& calls) { SWIFTK_DISPATCH(path, linear_fwd(calls.data(), ws.data(), int(calls.size()))); });
       });
 }
 

@@ -8,7 +8,7 @@ are cut into steps. Weights are read where the model has them. Copied, once per 
 the trainer casts at use (fp32 masters under a bf16 compute dtype), and DoRA's norms.
 
 The launches of all blocks are recorded once per (rows, sequences, ...) on a tape (csrc/tape.h) and run again from C++: what
-changes from step to step lies in buffers of fixed addresses. (29 M parameters, one token: Python's 130 launches take 1.0 ms.)
+changes from step to step lies in buffers of fixed addresses.
 Several adapters in one step: per linear their A are one matrix and their B another, a row's products with those of others
 are zeroed (kernels/lora_linear.py).
 """
@@ -25,7 +25,8 @@ import torch
 
 from swiftk.kernels._native import acc_dtype, native
 from swiftk.kernels.attention.paged import paged_attention_out, store_kv_out
-from swiftk.kernels.lora_linear import ALIGN, Adapter, adapted_norm, base_product, keep_own, scales_of
+from swiftk.kernels.linear import Product
+from swiftk.kernels.lora_linear import ALIGN, Adapter, adapted_norm, base_products, keep_own, scales_of
 from swiftk.kernels.nf4 import NF4Tensor, plain_absmax
 from swiftk.kernels.rms_norm import rms_norm_out
 from swiftk.kernels.rope import rope_out
@@ -56,7 +57,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class _Product:
+class _Linear:
     """A linear as launchers take it."""
 
     weight: torch.Tensor | NF4Tensor
@@ -73,13 +74,10 @@ class _Block(NamedTuple):
     norm2: torch.Tensor
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
-    q: _Product
-    k: _Product
-    v: _Product
-    o: _Product
-    gate: _Product
-    up: _Product
-    down: _Product
+    qkv: tuple[_Linear, ...]
+    o: tuple[_Linear, ...]
+    gate_up: tuple[_Linear, ...]
+    down: tuple[_Linear, ...]
 
 
 class Forward:
@@ -106,17 +104,16 @@ class Forward:
         ]  # fmt: skip
         self._known, self._known_shapes = self._state(), self._shapes()
         c, new = model.config, lambda *shape, dtype=self.dtype: torch.empty(shape, dtype=dtype)
-        places = (num_blocks, c.num_key_value_heads, block_size, c.head_dim)  # a head's rows of a block lie together: 1.5x the
-        self.cache = [  # speed of paged_attention, whose reads 2 and 4 KiB apart would fall into the same sets of the L1 cache
-            (new(*places).transpose(1, 2), new(*places).transpose(1, 2))
-            for _ in model.model.layers
-        ]
+        # a head's rows of a block lie together: reads 2 and 4 KiB apart would fall into the same sets of the L1 cache
+        places = (num_blocks, c.num_key_value_heads, block_size, c.head_dim)
+        self.cache = [(new(*places).transpose(1, 2), new(*places).transpose(1, 2)) for _ in model.model.layers]
         heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.x, self.h, self.z = (new(max_tokens, c.hidden_size) for _ in range(3))
         self.q, self.k, self.v, self.o = (new(max_tokens, width) for width in (heads, kv, kv, heads))
         self.gate, self.up, self.act = (new(max_tokens, c.intermediate_size) for _ in range(3))
         self.rstd = new(max_tokens * max(1, c.num_attention_heads), dtype=self.acc)
-        self.s = new(max_tokens * max([1, *(len(p.a) for p in self._products if p.a is not None)]))
+        groups = [(self.head,), *(linears for b in self.blocks for linears in (b.qkv, b.o, b.gate_up, b.down))]
+        self.s = new(max_tokens * max(sum(len(p.a) for p in linears if p.a is not None) for linears in groups))
         self.ids, self.positions, self.slots, self.owner = (torch.zeros(max_tokens, dtype=torch.int64) for _ in range(4))
         self.cu_seqlens, self.lengths = (torch.zeros(n, dtype=torch.int32) for n in (max_seqs + 1, max_seqs))
         self.table = torch.zeros(max_seqs, -(-max_len // block_size), dtype=torch.int32)
@@ -130,7 +127,6 @@ class Forward:
 
     def _bind(self) -> None:
         model = self.model
-        self._products: list[_Product] = []
         self._refreshers: list[Callable[[], object]] = []
         self.blocks = []
         for layer in model.model.layers:
@@ -140,8 +136,8 @@ class Forward:
                 self._cast(layer.input_layernorm.weight), self._cast(layer.post_attention_layernorm.weight),
                 self._cast(attention.q_norm.weight) if model.config.qk_norm else None,
                 self._cast(attention.k_norm.weight) if model.config.qk_norm else None,
-                *map(self._product, (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)),
-                *map(self._product, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+                self._linears(attention.q_proj, attention.k_proj, attention.v_proj), self._linears(attention.o_proj),
+                self._linears(mlp.gate_proj, mlp.up_proj), self._linears(mlp.down_proj),
             ))  # fmt: skip
         self.norm = self._cast(model.model.norm.weight)
         own = model.lm_head
@@ -152,7 +148,7 @@ class Forward:
         self.head = self._adapted(LM_HEAD, weight, None, None if own is None else own.adapter)
 
     def _cast(self, p: torch.Tensor) -> torch.Tensor:
-        """p itself where it has the compute dtype, else a copy that `refresh` fills again."""
+        """p itself where it has the compute dtype, else a copy that `follow` fills again."""
         p = p.detach()
         if p.dtype == self.dtype and p.is_contiguous():
             return p
@@ -167,15 +163,18 @@ class Forward:
         assert isinstance(base, NF4Tensor)
         return plain_absmax(base)
 
-    def _product(self, leaf: Linear) -> _Product:
-        bias = None if leaf.bias is None else self._cast(leaf.bias)
-        return self._adapted(leaf.name, self._weight(leaf), bias, leaf.adapter)
+    def _linears(self, *leaves: Linear) -> tuple[_Linear, ...]:
+        """Those that multiply the same x."""
+        return tuple(
+            self._adapted(leaf.name, self._weight(leaf), None if leaf.bias is None else self._cast(leaf.bias), leaf.adapter)
+            for leaf in leaves
+        )
 
-    def _adapted(self, name: str, weight, bias, own: Adapter | None) -> _Product:
+    def _adapted(self, name: str, weight, bias, own: Adapter | None) -> _Linear:
         found = [(i, one.pairs[name]) for i, one in enumerate(self.adapters) if name in one.pairs]
         if own is not None:
-            product = self._with_own(weight, bias, own)
-        elif found:
+            return self._with_own(weight, bias, own)
+        if found:
             columns = max(-(-len(a) // ALIGN) * ALIGN for _, (a, _) in found)
             a = torch.zeros(len(self.adapters), columns, found[0][1][0].shape[1], dtype=self.dtype)
             b = torch.zeros(found[0][1][1].shape[0], len(self.adapters), columns, dtype=self.dtype)
@@ -184,18 +183,15 @@ class Forward:
                 a[i, : len(a_i)], b[:, i, : len(a_i)] = a_i, b_i
             for i, one in enumerate(self.adapters):
                 factor[i] = one.scale
-            product = _Product(weight, bias, a.flatten(0, 1), b.flatten(1), factor.flatten(), adapters=len(self.adapters))
-        else:
-            product = _Product(weight, bias)
-        self._products.append(product)
-        return product
+            return _Linear(weight, bias, a.flatten(0, 1), b.flatten(1), factor.flatten(), adapters=len(self.adapters))
+        return _Linear(weight, bias)
 
-    def _with_own(self, weight, bias, own: Adapter) -> _Product:
+    def _with_own(self, weight, bias, own: Adapter) -> _Linear:
         a, b = self._cast(own.a), self._cast(own.b)
         (scale,) = scales_of(own, 1)
         factor = torch.full((len(a),), scale, dtype=self.acc)
         if own.magnitude is None:
-            return _Product(weight, bias, a, b, factor)
+            return _Linear(weight, bias, a, b, factor)
         gain = torch.empty(len(b), dtype=self.acc)
 
         magnitude = own.magnitude.detach()
@@ -206,7 +202,7 @@ class Forward:
 
         refresh()
         self._refreshers.append(refresh)
-        return _Product(weight, bias, a, b, factor, gain)
+        return _Linear(weight, bias, a, b, factor, gain)
 
     def follow(self) -> bool:
         """Whether the weights have changed since the last call (trained, loaded, replaced): what is copied of them is then
@@ -282,11 +278,11 @@ class Forward:
         qh, kh, vh, oh = (t.view(m, -1, c.head_dim) for t in (q, k, v, o))
         positions, table = self.positions[:m], (self.table[:s], self.lengths[:s], self.cu_seqlens[: s + 1])
         cos, sin = self.model.rope_cos, self.model.rope_sin
+        multiply = functools.partial(self._multiply, stacked=stacked, owner=self.owner)
         residual = None
         for i, block in enumerate(self.blocks):
             rms_norm_out(x, block.norm1, c.rms_norm_eps, h, self.rstd, isa, residual=residual)
-            for product, y in ((block.q, q), (block.k, k), (block.v, v)):
-                self._multiply(product, h, y, stacked)
+            multiply(block.qkv, h, (q, k, v))
             for norm, y in ((block.q_norm, q), (block.k_norm, k)):
                 if norm is not None:
                     y = y.view(-1, c.head_dim)
@@ -296,24 +292,33 @@ class Forward:
             store_kv_out(kh, vh, *self.cache[i], self.slots[:m])
             left, _ = c.window_size(i)
             paged_attention_out(qh, *self.cache[i], *table, None, c.head_dim**-0.5, 0.0, left, 0, oh, None, isa)
-            self._multiply(block.o, o, z, stacked)
+            multiply(block.o, o, (z,))
             rms_norm_out(x, block.norm2, c.rms_norm_eps, h, self.rstd, isa, residual=z)
-            self._multiply(block.gate, h, gate, stacked)
-            self._multiply(block.up, h, up, stacked)
+            multiply(block.gate_up, h, (gate, up))
             swiglu_out(gate, up, act, isa)
-            self._multiply(block.down, act, z, stacked)
+            multiply(block.down, act, (z,))
             residual = z
         rms_norm_out(x, self.norm, c.rms_norm_eps, h, self.rstd, isa, residual=residual)
 
-    def _multiply(self, p: _Product, x: torch.Tensor, y: torch.Tensor, stacked: bool) -> None:
-        tail = None
-        if p.a is not None and p.b is not None and (stacked or not p.adapters):
-            low = self.s[: len(x) * len(p.a)].view(len(x), len(p.a))
-            base_product(x, p.a, None, low, self.isa, scale=p.factor)
-            if p.adapters:
-                keep_own(low, self.owner, p.adapters)
-            tail = (low, p.b)
-        base_product(x, p.weight, p.bias, y, self.isa, tail=tail, scale=p.gain)
+    def _multiply(
+        self, linears: Sequence[_Linear], x: torch.Tensor, ys: Sequence[torch.Tensor], stacked: bool, owner: torch.Tensor
+    ) -> None:
+        """All of one x, in one call, and the low ranks before them in another; owner: the adapter of each row of x."""
+        tails, used = [], 0
+        for p in linears:
+            tail = None
+            if p.a is not None and p.b is not None and (stacked or not p.adapters):
+                begin, used = used, used + len(x) * len(p.a)
+                tail = self.s[begin:used].view(len(x), len(p.a)), p.b
+            tails.append(tail)
+        pairs = list(zip(linears, tails, strict=True))
+        if used:
+            base_products(x, [Product(p.a, None, tail[0], scale=p.factor) for p, tail in pairs if tail], self.isa)
+            for p, tail in pairs:
+                if tail and p.adapters:
+                    keep_own(tail[0], owner, p.adapters)
+        products = [Product(p.weight, p.bias, y, tail, p.gain) for (p, tail), y in zip(pairs, ys, strict=True)]
+        base_products(x, products, self.isa)
 
     def logits(self, rows: Sequence[int], count: int) -> torch.Tensor:
         """(len(rows), vocab) in the accumulate dtype, unrounded, of some of the `count` rows of the last step; overwritten by
@@ -324,12 +329,6 @@ class Forward:
             hidden, owner = hidden[index], self.owner[index]
         if len(self._logits) < len(rows):
             self._logits = torch.empty(len(rows), self.model.config.vocab_size, dtype=self.acc)
-        p, out, tail = self.head, self._logits[: len(rows)], None
-        if p.a is not None and p.b is not None:
-            low = torch.empty(len(rows), len(p.a), dtype=self.dtype)
-            base_product(hidden, p.a, None, low, self.isa, scale=p.factor)
-            if p.adapters:
-                keep_own(low, owner, p.adapters)
-            tail = (low, p.b)
-        base_product(hidden, p.weight, p.bias, out, self.isa, tail=tail, scale=p.gain)
+        out = self._logits[: len(rows)]
+        self._multiply((self.head,), hidden, (out,), True, owner)
         return out

@@ -355,10 +355,10 @@ def test_a_recording_that_was_cut_short_is_not_played(tmp_path, monkeypatch):
     calls = itertools.count()
     multiply = engine.forward._multiply
 
-    def interrupted(*args):
-        if next(calls) == 9:
+    def interrupted(*args, **options):
+        if next(calls) == 5:
             raise KeyboardInterrupt
-        multiply(*args)
+        multiply(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(engine.forward, "_multiply", interrupted)

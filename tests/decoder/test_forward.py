@@ -181,7 +181,8 @@ def test_weights_in_the_compute_dtype_are_not_copied(tmp_path):
     model, _ = make_ours("qwen3", tmp_path, torch.float32)
     forward = Forward(model, **SIZES)
     own = {p.data_ptr() for p in model.parameters()}
-    assert all(product.weight.data_ptr() in own for product in forward._products)
+    linears = [forward.head, *(p for b in forward.blocks for group in (b.qkv, b.o, b.gate_up, b.down) for p in group)]
+    assert all(p.weight.data_ptr() in own for p in linears)
     assert all(t.data_ptr() in own for block in forward.blocks for t in block[:4])
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from swiftk.kernels._native import acc_dtype
-from swiftk.kernels.linear import linear, linear_out, linear_ref
+from swiftk.kernels.linear import Product, linear, linear_group_out, linear_out, linear_ref
 from swiftk.testing.accuracy import assert_accurate
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
@@ -105,6 +105,25 @@ def out(x, w, b, isa, **epilogue):
     y = torch.full((x.shape[0], w.shape[0]), float("nan"), dtype=x.dtype)
     linear_out(x, w, b, y, isa, **epilogue)
     return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_group_equals_its_products(dtype, isa, thread_count):
+    """Sizes that end within a column group, one of none; with and without tail, scale and bias; threads that begin anywhere."""
+    x, _, _ = make(140, 1, 300, dtype)
+    for M in (0, 1, 5, 40, 140):
+        group, want = [], []
+        for N, R in ((70, 16), (0, 0), (1, 0), (129, 5), (32, 0)):
+            _, w, b = make(1, N, 300, dtype)
+            tail, scale = make_tail(M, N, R, dtype)
+            rest = {"tail": tail, "scale": scale} if R else {}
+            want.append(out(x[:M], w, b if N > 1 else None, isa, **rest))
+            group.append(Product(w, b if N > 1 else None, torch.full_like(want[-1], float("nan")), **rest))
+        for threads in (1, 2, 3):
+            for p in group:
+                p.y.fill_(float("nan"))
+            thread_count(threads, lambda M=M, group=group: linear_group_out(x[:M], group, isa))
+            assert all(torch.equal(p.y, y) for p, y in zip(group, want, strict=True)), (M, threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from swiftk.kernels import nf4_linear as module
 from swiftk.kernels._native import acc_dtype
-from swiftk.kernels.linear import linear, linear_out
+from swiftk.kernels.linear import Product, linear, linear_out
 from swiftk.kernels.nf4 import NF4Tensor, nf4_dequantize, nf4_quantize
-from swiftk.kernels.nf4_linear import matmul_weight, nf4_linear, nf4_linear_out, nf4_linear_ref
+from swiftk.kernels.nf4_linear import matmul_weight, nf4_linear, nf4_linear_group_out, nf4_linear_out, nf4_linear_ref
 from swiftk.testing.accuracy import assert_accurate
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
@@ -61,6 +61,18 @@ def test_tail_scale_and_the_accumulate_dtype(dtype, isa):
             nf4_linear_out(x[:M], w, b, ours, isa, tail=now, scale=scale)
             linear_out(x[:M], d, b, plain, isa, tail=now, scale=scale)
             assert torch.equal(ours, plain) and not ours.isnan().any(), M
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_group_equals_its_products(nested, isa, thread_count):
+    weights = [make(N, 300, blocksize=size, nested=nested) for N, size in ((70, 64), (33, 128), (32, 64))]
+    x, _ = inputs(40, 1, 300, torch.float32)
+    for M in (1, 3, 40):
+        want = [nf4_linear(x[:M], w, isa=isa) for w in weights]
+        for threads in (1, 2, 3):
+            group = [Product(w, None, torch.full_like(y, float("nan"))) for w, y in zip(weights, want, strict=True)]
+            thread_count(threads, lambda M=M, group=group: nf4_linear_group_out(x[:M], group, isa))
+            assert all(torch.equal(p.y, y) for p, y in zip(group, want, strict=True)), (M, threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
