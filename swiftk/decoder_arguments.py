@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from swiftk.decoder.engine import Engine
 from swiftk.decoder.params import SamplingParams
 from swiftk.model.peft_files import read_adapter_config, run_arguments
+from swiftk.model.tokenizer import read_tokenizer
 from swiftk.trainer.template import end_of_turn
-from swiftk.trainer.tokenizer import load_tokenizer
 
 BASE = "base"  # in place of an adapter's name: none
 
@@ -238,7 +238,7 @@ def make_engine(args: argparse.Namespace, say: Callable[[str], None]) -> Engine:
                 "careful: some of the adapters were trained over NF4 and others not; --quant_bits 4 or none says which it is"
             )  # fmt: skip
     options = {name: value for name in ENGINE_KEYS if (value := getattr(args, name)) is not None}
-    return Engine(model, tokenizer=load_tokenizer(args.tokenizer or model), adapters=adapters, quant_bits=quant_bits, **options)
+    return Engine(model, tokenizer=read_tokenizer(args.tokenizer or model), adapters=adapters, quant_bits=quant_bits, **options)
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -30,8 +30,10 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from swiftk.decoder.engine import Engine, Output, TokenLogprob, Update
+from swiftk.decoder.engine import Engine
 from swiftk.decoder.params import SamplingParams
+from swiftk.decoder.results import Output, Update
+from swiftk.decoder.sampler import TokenLogprob
 from swiftk.decoder.text import chat_tokens
 from swiftk.decoder_arguments import (
     BASE,

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from swiftk.decoder.engine import Output, TokenLogprob, Update
 from swiftk.decoder.params import SamplingParams
+from swiftk.decoder.results import Output, Update
+from swiftk.decoder.sampler import TokenLogprob
 from swiftk.decoder.text import Offsets, TokenStrings
 from swiftk.decoder.worker import Ticket
 from swiftk.decoder_arguments import SAMPLING, finite, read_sampling

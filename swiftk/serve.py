@@ -30,7 +30,8 @@ try:
 except ImportError as missing:
     raise SystemExit(f"swiftk.serve: {missing}; wants fastapi and uvicorn: pip install -e '.[serve]'") from missing
 
-from swiftk.decoder.engine import Engine, Update
+from swiftk.decoder.engine import Engine
+from swiftk.decoder.results import Update
 from swiftk.decoder.text import TokenStrings, chat_tokens, tokens_of
 from swiftk.decoder.worker import EngineError, QueueFullError, Ticket, Worker
 from swiftk.decoder_arguments import Parser, add_engine_keys, make_engine, turn_ends

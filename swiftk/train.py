@@ -24,13 +24,14 @@ import torch.distributed as dist
 
 from swiftk.allocator import give_back_large_blocks
 from swiftk.arguments import Arguments, help_text, parse
+from swiftk.model.compute import isa_path
 from swiftk.parallel import comm as communication
 from swiftk.parallel.comm import DistComm
 from swiftk.parallel.mesh import Mesh
 from swiftk.parallel.watchdog import Watchdog
 from swiftk.trainer.checkpoint import CheckpointError
 from swiftk.trainer.loop import NonFiniteError
-from swiftk.trainer.run import Commands, isa_path, run
+from swiftk.trainer.run import Commands, run
 from swiftk.trainer.stop import StopFlag
 from swiftk.trainer.trained import UntrainedError
 

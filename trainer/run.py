@@ -15,8 +15,8 @@ import torch
 
 from swiftk import __version__
 from swiftk.config import DataConfig, OptimConfig, RunConfig, TunerConfig
-from swiftk.kernels._native import ISAS, native
 from swiftk.model import Model, ModelConfig, load_adapter, load_checkpoint
+from swiftk.model.compute import compute_dtype, isa_path
 from swiftk.model.freezing import ambiguous_prefixes
 from swiftk.parallel.mesh import Mesh
 from swiftk.trainer import checkpoint
@@ -31,7 +31,6 @@ from swiftk.trainer.rows import read_rows
 from swiftk.trainer.stop import StopFlag
 from swiftk.trainer.tokenizer import check_vocab, load_tokenizer, train_tokenizer
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 NEW_TOKENS, NEW_LINES = 64, 8  # of the completion printed at the end
 
 
@@ -44,24 +43,6 @@ class Commands:
     resume: str  # the whole line
     merge: str  # up to the arguments
     generate: str
-
-
-def compute_dtype(config: RunConfig) -> torch.dtype:
-    """torch_dtype, or bf16 where the CPU multiplies it (the kernels' avx512 path means AVX-512 with BF16), else fp32."""
-    if config.torch_dtype is not None:
-        return DTYPES[config.torch_dtype]
-    return torch.bfloat16 if isa_path(config.isa) == "avx512" else torch.float32
-
-
-def isa_path(isa: str) -> str:
-    """What `isa` means on this machine; ValueError if it has no such instructions."""
-    best = native().best_isa()
-    try:
-        native().resolve_isa(isa)
-    except ValueError:
-        has = ", ".join(ISAS[ISAS.index(best) :])
-        raise ValueError(f"isa: has {isa!r}, wants what this CPU has: auto, {has}") from None
-    return best if isa == "auto" else isa
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -225,7 +206,7 @@ def run(
     if len(set(mesh.world.comm.all_gather_object(mark))) > 1:
         raise ValueError("dataset: the ranks read different rows; every rank needs the same files")
 
-    dtype = compute_dtype(config)
+    dtype = compute_dtype(config.torch_dtype, config.isa)
     model = Model(
         shape, mesh, compute_dtype=dtype, seed=None if config.model else config.seed, isa=config.isa,
         recompute=config.recompute_granularity, tuner=tuner, adapter_seed=config.seed,

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from swiftk.model.tokenizer import read_tokenizer
 
 END_OF_TEXT, TURN_START, TURN_END = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -15,7 +17,6 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # one of them is in every folder with a tokenizer
 SMALLEST = 256 + len(SPECIAL_TOKENS)  # every byte has a token of its own, so there is no unknown text
 
 
@@ -54,18 +55,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> PreTrainedT
 
 
 def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder, by transformers, without the network.
+    """The tokenizer of a checkpoint folder.
 
     Raises: ValueError where the folder holds none, or one without character offsets (a "slow" one: loss masks need them).
     """
-    if not Path(directory).is_dir():
-        raise ValueError(f"tokenizer: {directory} is not a folder, wants one with tokenizer.json")
-    if not any((Path(directory) / name).is_file() for name in FILES):  # transformers may make an empty one up
-        raise ValueError(f"tokenizer: {directory} has none of {', '.join(FILES)}; copy those of the model there")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"tokenizer: {directory} holds none that loads ({str(error).splitlines()[0]})") from error
+    tokenizer = read_tokenizer(directory)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer: {directory} has no tokenizer.json, wants one: loss masks need its character offsets")
     return tokenizer

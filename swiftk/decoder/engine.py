@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,65 +27,17 @@ from swiftk.decoder import loading
 from swiftk.decoder.forward import Forward, LoadedAdapter, Rows
 from swiftk.decoder.params import SamplingParams
 from swiftk.decoder.request import Request
+from swiftk.decoder.results import Completion, Output, Update
 from swiftk.decoder.sampler import Row, Sampler, TokenLogprob
 from swiftk.decoder.scheduler import Scheduler, SchedulerConfig, Work
 from swiftk.decoder.speculate import Drafter, DraftModel, PromptLookup
 from swiftk.decoder.text import Detokenizer, StopStrings, tokens_of
 from swiftk.model import Model, ModelConfig
+from swiftk.model.compute import compute_dtype
+from swiftk.model.tokenizer import has_tokenizer, read_tokenizer
 
 PROMPT_ROWS = 64  # rows of logits at a time, for the log-probabilities of prompts
 SEED_STEP = 0x9E3779B97F4A7C15  # between the n sequences of one seed
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What a step gave to one sequence. Joined, the texts of a sequence are its output: they end between characters."""
-
-    id: int
-    index: int  # of n
-    token_ids: list[int]  # new; with several where drafts were right
-    text: str  # new
-    logprobs: list[TokenLogprob] | None  # of token_ids
-    finish_reason: str | None = None  # stop | length | abort | error
-    stop_reason: str | int | None = None  # the stop string or the id of stop_token_ids that ended it; the error's text
-    prompt_logprobs: list[TokenLogprob | None] | None = None  # with the first token of index 0; None for the prompt's first
-    num_cached_tokens: int = 0  # of the prompt, read from the prefix cache
-    weight_version: int = 0  # of these tokens: a request whose weights change goes on with the new ones
-
-
-@dataclass
-class Output:
-    """One of the n sequences of a request."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] | None = None
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-
-    def add(self, update: Update) -> None:
-        self.text += update.text
-        self.token_ids += update.token_ids
-        if update.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + update.logprobs
-        self.finish_reason, self.stop_reason = update.finish_reason, update.stop_reason
-
-
-@dataclass
-class Completion:
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[Output]
-    prompt_logprobs: list[TokenLogprob | None] | None = None
-    num_cached_tokens: int = 0
-    weight_version: int = 0
-
-    def add(self, update: Update) -> None:
-        self.outputs[update.index].add(update)
-        self.weight_version = update.weight_version
-        if update.index == 0:
-            self.num_cached_tokens = update.num_cached_tokens
-            self.prompt_logprobs = update.prompt_logprobs or self.prompt_logprobs
 
 
 @dataclass(slots=True)
@@ -150,13 +102,14 @@ class Engine:
             num_blocks, longest = loading.cache_blocks(model.config, model.compute_dtype, weights=0, **cache)
         else:
             directory = Path(model)
-            config, dtype = ModelConfig.from_hf(directory), loading.compute_dtype(torch_dtype, isa)
+            config, dtype = ModelConfig.from_hf(directory), compute_dtype(torch_dtype, isa)
             if len(adapters) == 1 and loading.needs_own(next(iter(adapters.values()))):
                 own = next(iter(adapters.values()))
             tuner = loading.tuner_of(own, 4 if config.quantised else quant_bits)
             weights = loading.weight_bytes(config, tuner, dtype, quant_head)
             num_blocks, longest = loading.cache_blocks(config, dtype, weights=weights, **cache)
-            tokenizer = tokenizer or loading.load_tokenizer(directory)
+            if tokenizer is None and has_tokenizer(directory):
+                tokenizer = read_tokenizer(directory)
             self.model = loading.load_model(directory, config, tuner, dtype, quant_head=quant_head, adapter=own, isa=isa)
         self.config, self.tokenizer = self.model.config, tokenizer
         stack: list[LoadedAdapter] = [] if own is not None else loading.read_adapters(self.model, adapters)
@@ -309,9 +262,7 @@ class Engine:
         if self.drafter is not None and len(self.scheduler.running) <= self.speculate_up_to:
             self.drafter.propose(self.scheduler, self.num_draft_tokens)
         batch = self.scheduler.plan()
-        step = [
-            Rows(_tokens(w), w.start, w.request.block_table, w.request.adapter) for w in batch.work
-        ]  # fmt: skip
+        step = [Rows(_tokens(w), w.start, w.request.block_table, w.request.adapter) for w in batch.work]
         count = self.forward(step)
         self.num_computed_tokens += count
         sampled: list[int] = []  # rows of the step that give tokens

@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from swiftk.config import TunerConfig
 from swiftk.decoder.forward import LoadedAdapter
-from swiftk.kernels._native import native
 from swiftk.model import Model, ModelConfig, load_adapter, load_checkpoint, read_adapter_config
 from swiftk.model.adapter import EMBED, is_adapter, resolve
 from swiftk.model.parameters import param_specs
@@ -23,17 +21,7 @@ from swiftk.parallel.mesh import Mesh
 
 GIB = 1 << 30
 DEFAULT_CACHE = 4 * GIB
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 NF4_BYTES = 0.5 + 4 / 64  # per weight: a code and its share of an fp32 absmax
-
-
-def compute_dtype(name: str | None, isa: str) -> torch.dtype:
-    """bf16 where None and the CPU has its instructions, else fp32: as the trainer chooses."""
-    if name is None:
-        return torch.bfloat16 if isa == "avx512" or (isa == "auto" and native().best_isa() == "avx512") else torch.float32
-    if name not in DTYPES:
-        raise ValueError(f"torch_dtype: has {name!r}, wants one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def available_bytes() -> int:
@@ -164,14 +152,3 @@ def generation_eos(directory: Path) -> set[int]:
     except (ValueError, AttributeError) as error:
         raise ValueError(f"model: {path} is not a JSON object ({error}); it is half-written or damaged") from None
     return set(found) if isinstance(found, list) else {found} - {None}
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    """That of a checkpoint, by transformers, without the network; None where there is none: it then takes token ids only."""
-    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-    if not any((directory / name).is_file() for name in names):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"tokenizer: {directory} holds none that loads ({str(error).splitlines()[0]})") from error

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from swiftk.decoder.engine import Engine, Update
+from swiftk.decoder.engine import Engine
 from swiftk.decoder.params import SamplingParams
+from swiftk.decoder.results import Update
 
 
 class QueueFullError(Exception):

@@ -25,16 +25,6 @@ SMALL = ["--torch_dtype", "float32", "--max_num_seqs", "4", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def adapter(model, tmp_path_factory) -> Path:
-    return write_adapter(model, tmp_path_factory.mktemp("adapters") / "poet")
-
-
-@pytest.fixture(scope="module")
 def engine(model, adapter) -> Engine:
     return Engine(model, torch_dtype="float32", max_num_seqs=4, adapters={"poet": adapter})
 

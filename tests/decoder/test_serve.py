@@ -24,19 +24,8 @@ from swiftk.decoder.engine import Engine
 from swiftk.decoder.params import SamplingParams
 from swiftk.decoder.text import chat_tokens
 from swiftk.serve import Server, Service, application, bound
-from tests.decoder.tiny import write_adapter, write_checkpoint
 
 KEY = "secret"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def adapter(model, tmp_path_factory) -> Path:
-    return write_adapter(model, tmp_path_factory.mktemp("adapters") / "poet")
 
 
 def make_engine(model: Path, adapter: Path) -> Engine:

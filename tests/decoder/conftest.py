@@ -1,0 +1,19 @@
+"""What the command line and the server are tried on: nothing of it is changed by a test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.decoder.tiny import write_adapter, write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def adapter(model, tmp_path_factory) -> Path:
+    return write_adapter(model, tmp_path_factory.mktemp("adapters") / "poet")
