@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from swiftk.decoder.pages import huge_pages
 from swiftk.kernels._native import acc_dtype, native
 from swiftk.kernels.attention.paged import paged_attention_out, store_kv_out
 from swiftk.kernels.linear import Product
@@ -107,13 +108,13 @@ class Forward:
         # a head's rows of a block lie together: reads 2 and 4 KiB apart would fall into the same sets of the L1 cache
         places = (num_blocks, c.num_key_value_heads, block_size, c.head_dim)
         self.cache = [(new(*places).transpose(1, 2), new(*places).transpose(1, 2)) for _ in model.model.layers]
+        huge_pages([t for pair in self.cache for t in pair], written=False)
         heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.x, self.h, self.z = (new(max_tokens, c.hidden_size) for _ in range(3))
         self.q, self.k, self.v, self.o = (new(max_tokens, width) for width in (heads, kv, kv, heads))
         self.gate, self.up, self.act = (new(max_tokens, c.intermediate_size) for _ in range(3))
         self.rstd = new(max_tokens * max(1, c.num_attention_heads), dtype=self.acc)
-        groups = [(self.head,), *(linears for b in self.blocks for linears in (b.qkv, b.o, b.gate_up, b.down))]
-        self.s = new(max_tokens * max(sum(len(p.a) for p in linears if p.a is not None) for linears in groups))
+        self.s = new(max_tokens * max(sum(len(p.a) for p in linears if p.a is not None) for linears in self._groups))
         self.ids, self.positions, self.slots, self.owner = (torch.zeros(max_tokens, dtype=torch.int64) for _ in range(4))
         self.cu_seqlens, self.lengths = (torch.zeros(n, dtype=torch.int32) for n in (max_seqs + 1, max_seqs))
         self.table = torch.zeros(max_seqs, -(-max_len // block_size), dtype=torch.int32)
@@ -146,6 +147,9 @@ class Forward:
         else:
             weight = self._weight(own)
         self.head = self._adapted(LM_HEAD, weight, None, None if own is None else own.adapter)
+        self._groups = [(self.head,), *(linears for b in self.blocks for linears in (b.qkv, b.o, b.gate_up, b.down))]
+        read = [t for linears in self._groups for p in linears for t in (*_parts(p.weight), p.a, p.b) if t is not None]
+        huge_pages(read, written=True)
 
     def _cast(self, p: torch.Tensor) -> torch.Tensor:
         """p itself where it has the compute dtype, else a copy that `follow` fills again."""
@@ -332,3 +336,7 @@ class Forward:
         out = self._logits[: len(rows)]
         self._multiply((self.head,), hidden, (out,), True, owner)
         return out
+
+
+def _parts(weight: torch.Tensor | NF4Tensor) -> tuple[torch.Tensor, ...]:
+    return (weight.codes, weight.absmax) if isinstance(weight, NF4Tensor) else (weight,)

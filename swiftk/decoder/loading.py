@@ -13,6 +13,7 @@ import torch
 
 from swiftk.config import TunerConfig
 from swiftk.decoder.forward import LoadedAdapter
+from swiftk.decoder.pages import huge_pages
 from swiftk.model import Model, ModelConfig, load_adapter, load_checkpoint, read_adapter_config
 from swiftk.model.adapter import EMBED, is_adapter, resolve
 from swiftk.model.parameters import param_specs
@@ -92,6 +93,7 @@ def load_model(
 ) -> Model:  # fmt: skip
     """The checkpoint, nothing of it trainable; tuner: the settings of `adapter`, or tuner_type none."""
     model = Model(config, Mesh.single(), compute_dtype=dtype, seed=None, isa=isa, tuner=tuner, trainable=lambda name: False)
+    huge_pages(model.parameters(), written=False)
     load_checkpoint(model, directory)
     if adapter is not None:
         load_adapter(model, adapter)
