@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from swiftk.decoder.pages import huge_pages
@@ -118,9 +117,8 @@ class Forward:
         self.ids, self.positions, self.slots, self.owner = (torch.zeros(max_tokens, dtype=torch.int64) for _ in range(4))
         self.cu_seqlens, self.lengths = (torch.zeros(n, dtype=torch.int32) for n in (max_seqs + 1, max_seqs))
         self.table = torch.zeros(max_seqs, -(-max_len // block_size), dtype=torch.int32)
-        names = ("ids", "positions", "slots", "owner", "cu_seqlens", "lengths", "table")
-        self._numpy = {name: getattr(self, name).numpy() for name in names}
-        self._steps = np.arange(max_len + 1)
+        names = ("ids", "positions", "slots", "owner", "lengths", "table")
+        self._numpy = {name: getattr(self, name).numpy() for name in names} | {"ends": self.cu_seqlens.numpy()[1:]}
         self._held: list[tuple[Any, int]] = [(None, 0)] * max_seqs  # whose blocks a row of the table has, and how many
         self._logits = torch.empty(0, dtype=self.acc)
 
@@ -243,21 +241,23 @@ class Forward:
 
     def __call__(self, step: Sequence[Rows]) -> int:
         """Writes the keys and values of all rows into the cache and their last hidden states into `h`; the number of rows."""
-        buffers, size, row = self._numpy, self.block_size, 0
+        size = self.block_size
+        new: dict[str, list[int]] = {name: [] for name in ("ids", "positions", "slots", "owner", "ends", "lengths")}
         for i, part in enumerate(step):
-            stop = row + len(part.tokens)
-            at = self._steps[part.start : part.start + stop - row]
-            buffers["ids"][row:stop] = part.tokens
-            buffers["positions"][row:stop] = at
-            if self.adapters:
-                buffers["owner"][row:stop] = part.adapter
-            table, (held, count) = buffers["table"][i], self._held[i]
+            stop = part.start + len(part.tokens)
+            new["ids"] += part.tokens
+            new["positions"] += range(part.start, stop)
+            new["slots"] += [part.blocks[p // size] * size + p % size for p in range(part.start, stop)]
+            new["owner"] += [part.adapter] * len(part.tokens)
+            new["ends"].append(len(new["ids"]))
+            new["lengths"].append(stop)
+            held, count = self._held[i]
             if held is not part.blocks or count != len(part.blocks):
-                table[: len(part.blocks)] = part.blocks
+                self._numpy["table"][i, : len(part.blocks)] = part.blocks
                 self._held[i] = (part.blocks, len(part.blocks))
-            buffers["slots"][row:stop] = table[at // size] * size + at % size
-            buffers["cu_seqlens"][i + 1] = row = stop
-            buffers["lengths"][i] = part.start + len(part.tokens)
+        for name, values in new.items():
+            self._numpy[name][: len(values)] = values
+        row = len(new["ids"])
         stacked = bool(self.adapters) and any(part.adapter >= 0 for part in step)
         self.x[:row] = self.model.model.embed_tokens(self.ids[:row])
         key = (row, len(step), stacked, torch.get_num_threads())
