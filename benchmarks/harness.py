@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from swiftk.decoder.pages import huge_pages
 from swiftk.kernels._native import native, threads
 
 RUNS = 3
@@ -99,6 +100,7 @@ class Limits:
             a, b = torch.ones(n, device=self.device), torch.empty(n, device=self.device)
             rates = [8 * n / self._best(lambda: b.copy_(a))]
             if self.device == "cpu":
+                huge_pages([a], written=True)
                 rates.append(4 * n / self._best(lambda: native().read_memory(a.data_ptr(), 4 * n, threads())))
             self._cache["bandwidth"] = max(rates)
         return self._cache["bandwidth"]

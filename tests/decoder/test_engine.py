@@ -296,6 +296,22 @@ def test_weights_that_move_under_a_running_request(tmp_path):
     assert torch.equal(found, trainer_logprobs(model, prompt + again.outputs[0].token_ids)[-12:])  # cached are new values only
 
 
+def test_weights_that_move_while_a_prompt_is_read(tmp_path):
+    """Its log-probabilities are all those of the new weights."""
+    model, _ = make_ours("qwen3", tmp_path)
+    engine = engine_of(model, max_batched_tokens=6, max_num_seqs=2)
+    (prompt,) = prompts(20)
+    id = engine.add(prompt, SamplingParams(max_tokens=2, temperature=0.0, prompt_logprobs=0))
+    assert engine.step() == [] and engine.step() == []  # 12 tokens of 20
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+    updates = run(engine, {id: 0})[0, 0]
+    (found,) = (u.prompt_logprobs for u in updates if u.prompt_logprobs is not None)
+    assert found[0] is None
+    assert torch.equal(torch.tensor([x.logprob for x in found[1:]]), trainer_logprobs(model, prompt))
+
+
 def cached_logprobs_equal_the_trainers(engine: Engine, model: Model, prompt: list[int]) -> bool:
     """Of a prompt that the cache may hold from before."""
     done = engine.generate([prompt], replace(LONG, logprobs=0))[0]
