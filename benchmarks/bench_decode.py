@@ -193,7 +193,7 @@ class Bench:
     def engine(self, model: Model, tokens: int, seqs: int = 1, **more: Any) -> Engine:
         """With room for `seqs` sequences of `tokens` tokens (and for those of the checks)."""
         tokens = max(tokens, 64)
-        blocks = 1 + (seqs + 1) * (-(-tokens // 16) + 4)  # more than all have at once: admission keeps some free
+        blocks = 1 + (seqs + 1) * (-(-tokens // 32) + 2)  # more than all have at once: admission keeps some free
         sizes: dict[str, Any] = dict(
             num_blocks=blocks, max_model_len=tokens, max_num_seqs=seqs, prefix_caching=False, isa=self.options.isa
         )

@@ -77,7 +77,7 @@ class Engine:
     def __init__(
         self, model: Model | str | Path, *, tokenizer: PreTrainedTokenizerBase | None = None,
         adapters: Mapping[str, str | Path] | None = None, torch_dtype: str | None = None, quant_bits: int | None = None,
-        quant_head: bool = False, cache_gib: float | None = None, num_blocks: int | None = None, block_size: int = 16,
+        quant_head: bool = False, cache_gib: float | None = None, num_blocks: int | None = None, block_size: int = 32,
         max_num_seqs: int = 64, max_batched_tokens: int = 512, max_model_len: int | None = None, prefix_caching: bool = True,
         speculate: str | Model | Path | None = None, num_draft_tokens: int = 4, speculate_up_to: int = 8, isa: str = "auto",
     ) -> None:  # fmt: skip

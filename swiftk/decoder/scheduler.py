@@ -46,7 +46,7 @@ class SchedulerConfig:
     """num_blocks counts the dummy: the cache holds (num_blocks - 1) x block_size tokens."""
 
     num_blocks: int
-    block_size: int = 16
+    block_size: int = 32
     max_num_seqs: int = 64  # requests that run at once
     max_batched_tokens: int = 512  # rows of a step, at least max_num_seqs
     max_model_len: int

@@ -157,7 +157,7 @@ def check_schedules(tmp_path: Path, seed: int, count: int) -> None:
     before = torch.get_num_threads()
     for speculate in (None, "ngram", draft):
         engine = engine_of(
-            model, block_size=rng.choice((1, 4, 16)), num_blocks=rng.choice((70, 200)),
+            model, block_size=rng.choice((1, 4, 16, 32)), num_blocks=rng.choice((70, 200)),
             max_batched_tokens=rng.choice((6, 13, 64)), max_num_seqs=rng.choice((2, 6)), max_model_len=60,
             prefix_caching=rng.random() < 0.7, speculate=speculate,
             num_draft_tokens=rng.choice((1, 3, 5)),
