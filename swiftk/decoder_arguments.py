@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -91,9 +92,9 @@ SAMPLING: dict[str, tuple[Callable[[Any], Any], str]] = {
 }
 
 
-def finite(logprob: float) -> float:
-    """JSON has no -inf; -9999 is what other servers write for it."""
-    return max(logprob, -9999.0)
+def finite(logprob: float) -> float | None:
+    """JSON has neither -inf nor NaN; -9999 is what other servers write for the one, null is there for the other."""
+    return None if math.isnan(logprob) else max(logprob, -9999.0)
 
 
 def read_sampling(raw: Mapping[str, Any], base: SamplingParams) -> SamplingParams:

@@ -35,8 +35,11 @@ class Refused(Exception):
         self.status, self.message, self.param, self.code, self.retry = status, message, param, code, retry
 
     def body(self) -> dict[str, Any]:
+        message, param = (  # what they quote of a request may be half a character (\ud800 in JSON), which UTF-8 has not
+            text and text.encode(errors="backslashreplace").decode() for text in (self.message, self.param)
+        )  # fmt: skip
         kind = "server_error" if self.status >= 500 else "rate_limit_error" if self.status == 429 else "invalid_request_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
 
 # --- requests ------------------------------------------------------------------------------------------------------------
@@ -219,9 +222,9 @@ class Answers:
         if self.asked.echo and first:
             prompt = self.prompt_logprobs[choice.ticket.number]
             found = [*zip(choice.ticket.tokens, prompt, strict=True), *found]
-        tops: list[dict[str, float] | None] = []
+        tops: list[dict[str, float | None] | None] = []
         for _, x in found:
-            top: dict[str, float] = {}
+            top: dict[str, float | None] = {}
             for token, value in ([*x.top.items(), (x.token_id, x.logprob)] if x is not None else []):
                 top.setdefault(self.strings.text(token), finite(value))  # the largest of tokens that are written alike
             tops.append(top if x is not None else None)

@@ -131,6 +131,9 @@ class Service:
             prompts = await loop.run_in_executor(self.threads, encode)
         except ValueError as error:
             raise Refused(400, str(error), str(error).split(":")[0]) from None
+        if (count := len(prompts) * asked.params.n) > self.max_queued_tokens:
+            has, wants = f"{len(prompts)} prompts with n {asked.params.n}, {count} outputs", f"at most {self.max_queued_tokens}"
+            raise Refused(400, f"prompt: has {has}, wants {wants} (--max_queued_tokens)", "prompt")
         found = []
         for number, (text, tokens) in enumerate(prompts):
             params = asked.params
@@ -278,6 +281,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse(argv)
     api_key = args.api_key or os.environ.get("SWIFTK_API_KEY") or None
     try:
+        if api_key and not api_key.isascii():
+            raise ValueError("api_key: has characters beyond ASCII, wants none: an HTTP header cannot carry them")
         listening = bound(args.host, args.port)
         engine = make_engine(args, lambda text: print(f"swiftk.serve: {text}", file=sys.stderr, flush=True))
         name = args.served_model_name or Path(args.model).absolute().name

@@ -88,9 +88,12 @@ class Engine:
             if value < least:
                 raise ValueError(f"Engine: {name} has {value}, wants at least {least}")
         adapters, own = dict(adapters or {}), None
+        dtype = model.compute_dtype if isinstance(model, Model) else compute_dtype(torch_dtype, isa)
+        draft, weights = loading.draft_of(speculate, dtype)
         cache: dict[str, Any] = dict(
-            block_size=block_size, max_seqs=max_num_seqs, max_len=max_model_len, cache_gib=cache_gib, num_blocks=num_blocks
-        )
+            block_size=block_size, max_seqs=max_num_seqs, max_len=max_model_len, cache_gib=cache_gib, num_blocks=num_blocks,
+            draft=draft,
+        )  # fmt: skip
         if isinstance(model, Model):
             isa = model.isa if isa == "auto" else isa  # other instructions would add in another order
             if quant_bits or quant_head or torch_dtype:
@@ -99,14 +102,14 @@ class Engine:
             if adapters and model.tuning.adapted:
                 raise ValueError("Engine: adapters has names, a model with an adapter of its own wants none")
             self.model, directory = model, None
-            num_blocks, longest = loading.cache_blocks(model.config, model.compute_dtype, weights=0, **cache)
+            num_blocks, longest = loading.cache_blocks(model.config, dtype, weights=weights, **cache)
         else:
             directory = Path(model)
-            config, dtype = ModelConfig.from_hf(directory), compute_dtype(torch_dtype, isa)
+            config = ModelConfig.from_hf(directory)
             if len(adapters) == 1 and loading.needs_own(next(iter(adapters.values()))):
                 own = next(iter(adapters.values()))
             tuner = loading.tuner_of(own, 4 if config.quantised else quant_bits)
-            weights = loading.weight_bytes(config, tuner, dtype, quant_head)
+            weights += loading.weight_bytes(config, tuner, dtype, quant_head)
             num_blocks, longest = loading.cache_blocks(config, dtype, weights=weights, **cache)
             if tokenizer is None and has_tokenizer(directory):
                 tokenizer = read_tokenizer(directory)

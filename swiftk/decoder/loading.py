@@ -51,19 +51,30 @@ def token_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
+def draft_of(speculate: str | Path | Model | None, dtype: torch.dtype) -> tuple[ModelConfig | None, int]:
+    """Config of the draft model that an engine is given as `speculate`, and the bytes of it that are still to be loaded."""
+    if speculate is None or speculate == "ngram":
+        return None, 0
+    if isinstance(speculate, Model):
+        return speculate.config, 0
+    config = ModelConfig.from_hf(speculate)
+    return config, weight_bytes(config, tuner_of(None, 4 if config.quantised else None), dtype, quant_head=False)
+
+
 def cache_blocks(
     config: ModelConfig, dtype: torch.dtype, *, block_size: int, max_seqs: int, max_len: int | None, cache_gib: float | None,
-    num_blocks: int | None, weights: int,
+    num_blocks: int | None, weights: int, draft: ModelConfig | None = None,
 ) -> tuple[int, int]:  # fmt: skip
     """Blocks of the cache (the dummy among them) and the longest sequence. Without a size: room for all sequences at their
-    longest, but at most 4 GiB and a quarter of what is free beside the weights.
+    longest, but at most 4 GiB and a quarter of what is free beside the weights. A draft model has a cache of as many blocks.
 
     Raises: ValueError for a cache that does not fit beside `weights` bytes still to be loaded.
     """
     longest = config.max_position_embeddings
     if max_len is not None and not 1 <= max_len <= longest:
         raise ValueError(f"max_model_len: has {max_len}, wants 1 to max_position_embeddings {longest}")
-    each, free = token_bytes(config, dtype) * block_size, available_bytes() - weights
+    each = block_size * sum(token_bytes(c, dtype) for c in (config, draft) if c is not None)
+    free = available_bytes() - weights
     if free < each * 2:
         raise ValueError(
             f"model: its weights take {weights / GIB:.2f} GiB, {(free + weights) / GIB:.2f} GiB of memory are free; wants a "

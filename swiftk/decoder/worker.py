@@ -49,6 +49,11 @@ class Ticket:
     left: int = 0  # sequences that have not ended
     gone: bool = False
 
+    @property
+    def waiting(self) -> int:
+        """Tokens that it has to have computed: the prompt once, and of it at least the last one again for each further of n."""
+        return len(self.tokens) + self.params.n - 1
+
 
 class Worker(threading.Thread):
     """Owns the engine. `submit`, `abort` and `close` are called from the event loop."""
@@ -71,7 +76,7 @@ class Worker(threading.Thread):
         """
         if not self.is_alive():
             raise EngineError("the engine's thread has ended")
-        count = sum(len(ticket.tokens) for ticket in tickets)
+        count = sum(ticket.waiting for ticket in tickets)
         if self.queued_tokens and self.queued_tokens + count > self.max_queued_tokens:
             rate = self.engine.num_computed_tokens / self.seconds if self.seconds else 0.0
             retry = min(60, max(1, math.ceil(self.queued_tokens / rate))) if rate else 1
@@ -112,7 +117,7 @@ class Worker(threading.Thread):
     def _begun(self, ticket: Ticket) -> None:
         if ticket.queued:
             ticket.queued = False
-            self.queued_tokens -= len(ticket.tokens)
+            self.queued_tokens -= ticket.waiting
 
     def _deliver(self, items: list[tuple[Ticket, Update | Exception | None]]) -> None:
         """In the event loop: what a step gave, or None or an error for a ticket that is new."""

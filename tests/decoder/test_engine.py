@@ -529,6 +529,22 @@ def test_what_does_not_fit_in_memory_is_said_before_loading(tmp_path, monkeypatc
         Engine(tmp_path, cache_gib=1)
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_a_draft_model_counts_in_memory(live, tmp_path, monkeypatch):
+    """Its weights, and a cache of as many blocks."""
+    model, _ = make_ours("qwen3", tmp_path)
+    each, weights = 2 * 3 * 2 * 16 * 4 * 16, 4 * sum(p.numel() for p in model.parameters())
+    known = dict(block_size=16, num_blocks=10)
+    free = (10 * each * 2 + weights) if live else (10 * each * 2 + 2 * weights)
+    given = (model if live else tmp_path), tmp_path
+    monkeypatch.setattr("swiftk.decoder.loading.available_bytes", lambda: free)
+    assert Engine(given[0], speculate=given[1], **known).drafter is not None
+    monkeypatch.setattr("swiftk.decoder.loading.available_bytes", lambda: free - 1)
+    monkeypatch.setattr("swiftk.decoder.loading.load_model", None)
+    with pytest.raises(ValueError, match=r"^cache_gib: wants .* GiB for 10 blocks of 16 tokens beside"):
+        Engine(given[0], speculate=given[1], **known)
+
+
 def test_a_damaged_checkpoint(tmp_path):
     make_ours("qwen3", tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))

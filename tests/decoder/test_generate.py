@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from swiftk import generate
 from swiftk.decoder.engine import Engine
@@ -261,6 +263,19 @@ def test_the_text_of_an_abort_is_that_of_its_tokens(model):
     engine.abort(id)
     (last,) = engine.step()
     assert not got and last.finish_reason == "abort" and len(last.text) > 5 and text.startswith(last.text.rstrip("\ufffd"))
+
+
+def test_nan_is_null(tmp_path, capsys):
+    """Of a model that has gone wrong: whatever reads JSON reads the row."""
+    broken = write_checkpoint(tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    rows, output = write_rows(tmp_path / "in.jsonl", [{"prompt": [5, 6], "prompt_logprobs": 1}]), tmp_path / "out.jsonl"
+    assert run(broken, "--prompts", rows, "--output", output) == 1
+    assert "1 rows have the finish_reason error" in capsys.readouterr().err
+    (row,) = (json.loads(line, parse_constant=pytest.fail) for line in output.read_text().splitlines())
+    assert row["outputs"][0]["finish_reason"] == "error" and row["prompt_logprobs"][1]["logprob"] is None
 
 
 def test_only_a_newline_ends_a_row(model, tmp_path):

@@ -305,12 +305,14 @@ def test_errors_are_openais(served):
         "prompt: wants": {"model": "tiny"}, "none empty": {"prompt": []}, "prompt: has no tokens": {"prompt": ""},
         "has token 328": {"prompt": [328]}, "best_of": {"prompt": "a", "best_of": 2}, "wants n 1": {"prompt": "a", "echo": True,
         "stream": True, "n": 2}, "the body is list": [],
+        "4 prompts with n 128, 512 outputs, wants at most 400": {"prompt": ["a"] * 4, "n": 128},
     }.items():  # fmt: skip
         answer = post(served, "completions", body)
         assert answer.status_code == 400 and text in answer.json()["error"]["message"], answer.json()
     for text, content in {
         "not JSON": b"{", "the body is not JSON": b"[" * 100_000, "half a character": rb'{"prompt": "a\ud800"}',
         "temperature: has 1000": b'{"prompt": "a", "temperature": 1%s}' % (b"0" * 400),
+        r"x\ud800: not supported": rb'{"prompt": "a", "x\ud800": 1}',
     }.items():  # fmt: skip
         broken = httpx.post(f"{served.url}/v1/completions", headers={"Authorization": f"Bearer {KEY}"}, content=content)
         assert broken.status_code == 400 and text in broken.json()["error"]["message"], broken.text
@@ -334,6 +336,7 @@ def test_a_full_queue_is_429(served, monkeypatch):
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(post, served, "completions", body)
         wait_until(lambda: worker.queued_tokens == 200)
+        assert post(served, "completions", {**body, "prompt": [5] * 100, "n": 102}).status_code == 429  # of each of n a token
         second = pool.submit(post, served, "completions", body)
         wait_until(lambda: worker.queued_tokens == 400)
         refused = post(served, "completions", {**body, "prompt": [5]})
@@ -442,6 +445,7 @@ def test_wrong_arguments(model, adapter, tmp_path, capsys):
         "cannot be listened on": ["--model", model, "--port", taken.getsockname()[1]],
         "model: is not given": ["--port", 0],
         "is not a folder": ["--model", tmp_path / "nowhere", "--port", 0],
+        "api_key: has characters beyond ASCII": ["--model", model, "--port", 0, "--api_key", "schlüssel"],
         "one is called 'tiny' as the base is": ["--model", model, "--port", 0, "--adapters", f"tiny={adapter}"],
     }.items():
         assert serve.main([str(a) for a in argv]) == 2
