@@ -274,7 +274,7 @@ def record(
         "percent_of_matmul": None if limit is None else 100 * flops / s / limit,
         "peers": {name: shown(statistics.median(seconds[name])) for name in ratios},
         "ratios": {name: statistics.median(found) for name, found in ratios.items()}, "ratio_runs": ratios,
-        "goals": goals or {}, "facts": facts or {},
+        "goals": {} if bench.sizes is QUICK else goals or {}, "facts": facts or {},
     }  # fmt: skip
 
 

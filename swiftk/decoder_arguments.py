@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -162,7 +163,7 @@ def add_engine_keys(parser: Parser) -> None:
                        help="4: the linears of the blocks in NF4; default: as the adapters were trained")  # fmt: skip
     group.add_argument("--quant_head", type=boolean, metavar="true|false", help="the head in NF4 too")
     group.add_argument("--max_model_len", type=int, metavar="N", help="longest prompt and output; default: the model's")
-    group.add_argument("--cache_gib", type=float, metavar="X", help="default: as needed, up to 4 and a quarter of what is free")
+    group.add_argument("--cache_gib", type=float, metavar="X", help="default: as needed, up to 4 or a quarter of the memory")
     group.add_argument("--max_num_seqs", type=int, metavar="N", help="sequences that are decoded at once")
     group.add_argument("--max_batched_tokens", type=int, metavar="N", help="tokens of a step")
     group.add_argument("--prefix_caching", type=boolean, metavar="true|false", help="common prefixes are computed once")
@@ -195,13 +196,19 @@ def add_sampling_keys(parser: Parser) -> None:
         group.add_argument(f"--{name}", **options)
 
 
+def name_of(directory: str | Path) -> str:
+    """That of its folder; of a run's checkpoints (last, checkpoint-60) the run's."""
+    path = Path(directory).absolute()
+    return path.parent.name if path.name == "last" or re.fullmatch(r"checkpoint-\d+", path.name) else path.name
+
+
 def named_adapters(entries: Sequence[str]) -> dict[str, str]:
-    """NAME=DIR, or DIR under its folder's name."""
+    """NAME=DIR, or DIR by name_of."""
     found: dict[str, str] = {}
     for entry in entries:
         name, equals, directory = entry.partition("=")
         if not equals or Path(entry).exists():
-            name, directory = Path(entry).absolute().name, entry
+            name, directory = name_of(entry), entry
         if name in found or name in ("", BASE):
             taken = f"two are called {name!r}" if name in found else f"{name!r} is no name for one"
             raise ValueError(f"adapters: {taken}; give each a name of its own, --adapters NAME=DIR ...")
@@ -229,6 +236,10 @@ def make_engine(args: argparse.Namespace, say: Callable[[str], None]) -> Engine:
         what = "has no config.json" if Path(model).is_dir() else "is not a folder"
         raise ValueError(f"model: {model} {what}, wants a Hugging Face checkpoint")
     args.model = model
+    for name, directory in adapters.items():
+        base = read_adapter_config(directory)[1]
+        if base and Path(base).absolute().resolve() != Path(model).resolve():
+            say(f"careful: the adapter {name} names {base} as its base, and is put over {model}")
     quant_bits = 4 if args.quant_bits == "4" else None
     if args.quant_bits is None and adapters:
         trained = {(run_arguments(directory) or {}).get("quant_bits") == 4 for directory in adapters.values()}

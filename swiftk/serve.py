@@ -11,6 +11,7 @@ import dataclasses
 import hmac
 import ipaddress
 import json
+import math
 import os
 import signal
 import socket
@@ -19,7 +20,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 try:
@@ -34,7 +34,7 @@ from swiftk.decoder.engine import Engine
 from swiftk.decoder.results import Update
 from swiftk.decoder.text import TokenStrings, chat_tokens, tokens_of
 from swiftk.decoder.worker import EngineError, QueueFullError, Ticket, Worker
-from swiftk.decoder_arguments import Parser, add_engine_keys, make_engine, turn_ends
+from swiftk.decoder_arguments import Parser, add_engine_keys, make_engine, name_of, turn_ends
 from swiftk.openai_api import Answers, Asked, Choice, Refused, of_kind, read_prompts, read_request
 
 SHUTDOWN_SECONDS = 5  # that answers under way have after a signal
@@ -246,17 +246,28 @@ def application(service: Service) -> FastAPI:
 
 
 class Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._ready = ready
+    """One that says when it listens, and after a signal tells those whose answers take too long that it has stopped."""
+
+    def __init__(self, service: Service, ready: Callable[[], None], seconds: float = SHUTDOWN_SECONDS) -> None:
+        super().__init__(
+            uvicorn.Config(application(service), log_level="warning", timeout_graceful_shutdown=math.ceil(seconds) + 2)
+        )
+        self._service, self._ready, self._seconds = service, ready, seconds
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._service.worker is not None:
+            asyncio.get_running_loop().call_later(self._seconds, self._service.worker.stop)
+        await super().shutdown(sockets)
+
 
 def bound(host: str, port: int) -> socket.socket:
     """Before anything is loaded: a port that is taken is said at once."""
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port: has {port}, wants 0 (any that is free) to 65535")
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind)
@@ -274,7 +285,7 @@ def main(argv: list[str]) -> int:
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every interface; default: 127.0.0.1")
     group.add_argument("--port", type=int, default=8000, metavar="N", help="0: any that is free; default: 8000")
     group.add_argument("--api_key", metavar="KEY", help="that requests must have; default: SWIFTK_API_KEY of the environment")
-    group.add_argument("--served_model_name", metavar="NAME", help="of the base; default: its folder's")
+    group.add_argument("--served_model_name", metavar="NAME", help="of the base; default: its folder's, or its run's")
     group.add_argument("--max_queued_tokens", type=int, default=65536, metavar="N",
                        help="prompt tokens that may wait; with more it answers 429; default: 65536")  # fmt: skip
     add_engine_keys(parser)
@@ -285,7 +296,7 @@ def main(argv: list[str]) -> int:
             raise ValueError("api_key: has characters beyond ASCII, wants none: an HTTP header cannot carry them")
         listening = bound(args.host, args.port)
         engine = make_engine(args, lambda text: print(f"swiftk.serve: {text}", file=sys.stderr, flush=True))
-        name = args.served_model_name or Path(args.model).absolute().name
+        name = args.served_model_name or name_of(args.model)
         if name in engine.adapters:
             raise ValueError(f"adapters: one is called {name!r} as the base is, wants another name: --adapters NAME=DIR")
         service = Service(engine, name, api_key, args.max_queued_tokens)
@@ -310,8 +321,7 @@ def main(argv: list[str]) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn ends on these, and raises them again for what was set before
         signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(application(service), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
-    server = Server(config, ready)
+    server = Server(service, ready)
     server.run(sockets=[listening])
     return 0 if server.started else 1
 

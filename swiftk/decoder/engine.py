@@ -134,6 +134,8 @@ class Engine:
         self._ids, self._numbers = itertools.count(), itertools.count()
         self._done: list[Update] = []  # of aborts, for the next step
         self._eos = self._end_tokens(directory)
+        self.weight_version = self.model.weight_version  # the trainer's count; rises by 1 where others change the weights
+        self.scheduler.set_weight_version(self.weight_version)
         self.num_computed_tokens = 0  # rows of all forwards so far
 
     def _drafter(self, speculate: str | Model | Path | None, isa: str, sizes: dict[str, Any]) -> Drafter | None:
@@ -352,7 +354,7 @@ class Engine:
         prompt, one.prompt_logprobs = one.prompt_logprobs, None
         return Update(
             one.id, one.index, tokens, text, logprobs, reason, stop, prompt, one.request.num_cached_tokens,
-            self.model.weight_version,
+            self.weight_version,
         )  # fmt: skip
 
     def _held(self, one: _Sequence) -> tuple[str, str | None]:
@@ -392,7 +394,8 @@ class Engine:
         """Where weights have moved: what was computed with the old ones is computed again."""
         if not self.forward.follow():
             return
-        self.scheduler.set_weight_version(self.scheduler.weight_version + 1)
+        self.weight_version = max(self.model.weight_version, self.weight_version + 1)
+        self.scheduler.set_weight_version(self.weight_version)
         for one in self._sequences.values():
             if one.prompt_logprobs is not None:
                 one.prompt_logprobs = [None]
@@ -408,11 +411,13 @@ class Engine:
 
         Args:
             prompts: texts or lists of token ids; one text is a list of one.
-            params: for all, or one for each.
+            params: for all (with the same seed, thus the same noise), or one for each.
             on_update: called with the number of the prompt and each update of it, as they come.
         Raises: ValueError that names the prompt which cannot be served; nothing is then generated.
         """
         todo: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not isinstance(params, (SamplingParams, Sequence, type(None))):
+            raise ValueError(f"generate: params has a {type(params).__name__}, wants SamplingParams, or one for each prompt")
         each = [params or SamplingParams()] * len(todo) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(todo):
             raise ValueError(f"generate: params has {len(each)}, wants one, or {len(todo)} as there are prompts")

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from swiftk.decoder.pages import huge_pages
 from swiftk.kernels._native import acc_dtype, native
@@ -33,6 +34,16 @@ from swiftk.kernels.rope import rope_out
 from swiftk.kernels.swiglu import swiglu_out
 from swiftk.model.adapter import LM_HEAD
 from swiftk.model.transformer import Block, Linear, Model
+
+
+def _count_fused(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    """torch's fused optimizers change parameters without raising their versions (2.13), by which `follow` sees a change."""
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version(group["params"])
+
+
+register_optimizer_step_post_hook(_count_fused)
 
 _GONE = torch.empty(0)  # stands for a parameter that the model has no more
 TAPES = 128  # kept; a mix of chunks and decodes has a new number of rows at every step

@@ -108,10 +108,14 @@ class Worker(threading.Thread):
             self._gone += tickets
             self._work.notify()
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """After the step under way; who still waits is told."""
         with self._work:
             self._closing = True
             self._work.notify()
+
+    def close(self) -> None:
+        self.stop()
         self.join()
 
     def _begun(self, ticket: Ticket) -> None:
@@ -134,7 +138,7 @@ class Worker(threading.Thread):
         finally:  # closed, or a defect: nobody is to wait for ever
             with self._work:
                 left = [*self._tickets.values(), *self._incoming]
-            ended = EngineError("the engine's thread has ended")
+            ended = EngineError("the server has been stopped" if self._closing else "the engine's thread has ended")
             items: list[tuple[Ticket, Update | Exception | None]] = [(ticket, ended) for ticket in left]
             with suppress(RuntimeError):  # the loop has ended
                 self.loop.call_soon_threadsafe(self._deliver, items)

@@ -296,6 +296,24 @@ def test_weights_that_move_under_a_running_request(tmp_path):
     assert torch.equal(found, trainer_logprobs(model, prompt + again.outputs[0].token_ids)[-12:])  # cached are new values only
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_weights_that_an_optimizer_of_others_moves(fused, tmp_path):
+    """No loop of ours counts its steps, and fused ones raise no tensor's version either."""
+    model, _ = make_ours("qwen3", tmp_path)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    engine = engine_of(model)
+    (prompt,) = prompts(20)
+    params = SamplingParams(max_tokens=4, temperature=0.0, logprobs=0, prompt_logprobs=0)
+    for version in range(3):
+        done = engine.generate([prompt], params)[0]
+        assert done.weight_version == version
+        found = [x.logprob for x in [*done.prompt_logprobs[1:], *done.outputs[0].logprobs]]
+        assert torch.equal(torch.tensor(found), trainer_logprobs(model, prompt + done.outputs[0].token_ids))
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+
+
 def test_weights_that_move_while_a_prompt_is_read(tmp_path):
     """Its log-probabilities are all those of the new weights."""
     model, _ = make_ours("qwen3", tmp_path)

@@ -20,7 +20,7 @@ from swiftk import generate
 from swiftk.decoder.engine import Engine
 from swiftk.decoder.params import SamplingParams
 from swiftk.decoder.text import chat_tokens
-from swiftk.decoder_arguments import named_adapters
+from swiftk.decoder_arguments import name_of, named_adapters
 from tests.decoder.tiny import write_adapter, write_checkpoint
 
 SMALL = ["--torch_dtype", "float32", "--max_num_seqs", "4", "--threads", "1"]
@@ -348,3 +348,17 @@ def test_adapters_that_were_trained_over_nf4_get_it(tmp_path, capsys):
         texts[bits] = captured.out
         assert ("held in NF4, as the adapters were trained" in captured.err) == (bits is None)
     assert texts[None] == texts["4"] != texts["none"]
+
+
+def test_names_of_checkpoints():
+    found = {"a/poet": "poet", "a/poet/last": "poet", "a/poet/checkpoint-60": "poet", "checkpoint-x": "checkpoint-x"}
+    assert {path: name_of(path) for path in found} == found
+
+
+def test_an_adapter_of_another_base_is_said_to_be(model, tmp_path, capsys):
+    other = write_checkpoint(tmp_path / "other")
+    adapter = write_adapter(other, tmp_path / "poet")
+    assert run(model, "--adapters", adapter, "--prompt", "hello", "--max_tokens", 2) == 0
+    assert f"careful: the adapter poet names {other} as its base, and is put over {model}" in capsys.readouterr().err
+    assert run(other, "--adapters", adapter, "--prompt", "hello", "--max_tokens", 2) == 0
+    assert "careful" not in capsys.readouterr().err

@@ -17,13 +17,12 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from swiftk import serve
 from swiftk.decoder.engine import Engine
 from swiftk.decoder.params import SamplingParams
 from swiftk.decoder.text import chat_tokens
-from swiftk.serve import Server, Service, application, bound
+from swiftk.serve import Server, Service, bound
 
 KEY = "secret"
 
@@ -43,7 +42,7 @@ def served(model, adapter):
     listening = bound("127.0.0.1", 0)
     service = Service(make_engine(model, adapter), "tiny", KEY, max_queued_tokens=400)
     ready = threading.Event()
-    server = Server(uvicorn.Config(application(service), log_level="warning", timeout_graceful_shutdown=2), ready.set)
+    server = Server(service, ready.set, seconds=1)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     assert ready.wait(30)
@@ -398,7 +397,7 @@ def test_nobody_waits_for_an_engine_that_is_gone(model, adapter, monkeypatch):
     """Not a step that fails but a defect around it: those under way and those that come later are told."""
     listening, ready = bound("127.0.0.1", 0), threading.Event()
     service = Service(make_engine(model, adapter), "tiny", None, max_queued_tokens=400)
-    server = Server(uvicorn.Config(application(service), log_level="critical"), ready.set)
+    server = Server(service, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     assert ready.wait(30)
@@ -413,6 +412,29 @@ def test_nobody_waits_for_an_engine_that_is_gone(model, adapter, monkeypatch):
     server.should_exit = True
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_answers_that_take_too_long_are_told_of_the_end(model, adapter, monkeypatch, caplog):
+    listening, ready = bound("127.0.0.1", 0), threading.Event()
+    service = Service(make_engine(model, adapter), "tiny", None, max_queued_tokens=400)
+    server = Server(service, ready.set, seconds=0.3)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    assert ready.wait(30)
+    here = SimpleNamespace(url=f"http://127.0.0.1:{listening.getsockname()[1]}")
+    step = service.engine.step
+    monkeypatch.setattr(service.engine, "step", lambda: time.sleep(0.05) or step())  # 200 tokens take 10 seconds
+    body = {"prompt": "hello", "max_tokens": 200, "ignore_eos": True}
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(post, here, "completions", body)
+        streamed = pool.submit(post, here, "completions", body | {"stream": True})
+        wait_until(lambda: len(service.engine.scheduler.running) == 2)
+        server.should_exit = True
+        answer, text = whole.result(10), streamed.result(10).text
+    assert answer.status_code == 500 and "has been stopped" in answer.json()["error"]["message"]
+    assert "has been stopped" in text and text.endswith("data: [DONE]\n\n")
+    thread.join(20)
+    assert not thread.is_alive() and not [r for r in caplog.records if r.exc_info], "a traceback"
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
