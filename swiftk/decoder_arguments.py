@@ -163,7 +163,7 @@ def add_engine_keys(parser: Parser) -> None:
                        help="4: the linears of the blocks in NF4; default: as the adapters were trained")  # fmt: skip
     group.add_argument("--quant_head", type=boolean, metavar="true|false", help="the head in NF4 too")
     group.add_argument("--max_model_len", type=int, metavar="N", help="longest prompt and output; default: the model's")
-    group.add_argument("--cache_gib", type=float, metavar="X", help="default: as needed, up to 4 or a quarter of the memory")
+    group.add_argument("--cache_gib", type=float, metavar="X", help="of the cache; default: as needed, 4 at most")
     group.add_argument("--max_num_seqs", type=int, metavar="N", help="sequences that are decoded at once")
     group.add_argument("--max_batched_tokens", type=int, metavar="N", help="tokens of a step")
     group.add_argument("--prefix_caching", type=boolean, metavar="true|false", help="common prefixes are computed once")
@@ -238,7 +238,8 @@ def make_engine(args: argparse.Namespace, say: Callable[[str], None]) -> Engine:
     args.model = model
     for name, directory in adapters.items():
         base = read_adapter_config(directory)[1]
-        if base and Path(base).absolute().resolve() != Path(model).resolve():
+        same = not base or Path(base).resolve() == Path(model).resolve()
+        if not same and (Path(base).is_dir() or Path(base).name != Path(model).name):  # a hub's name tells no more than its end
             say(f"careful: the adapter {name} names {base} as its base, and is put over {model}")
     quant_bits = 4 if args.quant_bits == "4" else None
     if args.quant_bits is None and adapters:
