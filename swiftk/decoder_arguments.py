@@ -238,8 +238,8 @@ def make_engine(args: argparse.Namespace, say: Callable[[str], None]) -> Engine:
     args.model = model
     for name, directory in adapters.items():
         base = read_adapter_config(directory)[1]
-        same = not base or Path(base).resolve() == Path(model).resolve()
-        if not same and (Path(base).is_dir() or Path(base).name != Path(model).name):  # a hub's name tells no more than its end
+        moved = base is not None and Path(base).resolve() != Path(model).resolve()
+        if base and moved and (Path(base).is_dir() or Path(base).name != Path(model).name):  # of a hub's name its end tells
             say(f"careful: the adapter {name} names {base} as its base, and is put over {model}")
     quant_bits = 4 if args.quant_bits == "4" else None
     if args.quant_bits is None and adapters:
