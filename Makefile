@@ -3,6 +3,7 @@
 #   make train       install into .venv, build, train the preset examples/tiny.yaml on two processes
 #   make test        the same set-up, then lint and the test suite
 #   make test-long   full products and long counts
+#   make compile-gpu  compile every GPU kernel for sm_80, sm_90, sm_100, without a GPU; ARCH=90 for one
 #   make gpu         on a machine with a CUDA device: build, op tests, benchmarks (PART=build|test|bench-<op>)
 #   make build lint clean
 #
@@ -13,27 +14,33 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 TORCH_SPEC := torch>=2.11,<2.14
 PART ?=
+ARCH ?= 80 90 100
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*)
 WORKERS ?= 2
 
-.PHONY: train test test-long lint build gpu clean
+.PHONY: train test test-long lint build compile-gpu gpu clean
 
 train: .venv/.train .venv/.built
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc-per-node 2 -m swiftk.train
 
 test: lint
-	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "not long and not gpu"
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "not long and not gpu" tests/triton
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "not long and not gpu" --ignore tests/triton
 
 test-long: .venv/.test .venv/.built
-	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "long and not gpu"
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "long and not gpu" tests/triton
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "long and not gpu" --ignore tests/triton
 
 lint: .venv/.test .venv/.built
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m mypy -p swiftk
 
 build: .venv/.built
+
+compile-gpu: .venv/.train .venv/.built
+	$(PY) -m swiftk.bench compile-gpu --arch $(ARCH)
 
 gpu:
 	$(PYTHON) setup.py -q build_ext --inplace

@@ -1,12 +1,15 @@
-"""The one import of Triton; and the list of what is shipped, which `make compile-gpu` compiles on a machine without a GPU.
+"""The one import of Triton, how its kernels are launched and registered, and the list of what is shipped.
 
-With TRITON_INTERPRET=1 in the environment before this file is imported, kernels run on CPU tensors (the interpreter's bf16 is
-wrong: casts truncate, products multiply bits; tests use fp16, fp32 and fp64). Without Triton the import works and a launch raises.
+With TRITON_INTERPRET=1 in the environment before this file is imported, Triton's interpreter runs the kernels on CPU tensors,
+and every operator that has a Triton kernel takes it for CPU tensors too (`register_cuda`, `on_gpu`): autograd, torch.compile,
+the model and the decoder then run on it, slowly. The interpreter's bf16 is wrong (casts truncate, products multiply bits):
+fp32, fp64 and, below the public functions, fp16. Without Triton the import works and a launch raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,38 +20,22 @@ try:
 except ImportError as error:
     triton, tl, _missing = None, None, error
 
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether x's kernels are Triton's: on CUDA, and everywhere under the interpreter."""
+    return x.is_cuda or INTERPRETED
+
 
 def tl_acc(dtype: torch.dtype) -> Any:
     """The dtype that a kernel computes in: fp32, or fp64 for fp64."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-class Shipped(NamedTuple):
-    """A kernel as it is launched: the types of its arguments, its constants, warps."""
-
-    label: str
-    kernel: Any
-    types: Mapping[str, str]  # argument -> "*bf16", "i32", "i64", "fp32" ...
-    constants: Mapping[str, Any]
-    num_warps: int
-    num_stages: int
-
-
-SHIPPED: list[Shipped] = []
-
-
 def jit(f: Callable) -> Any:
     """triton.jit, or where Triton is not installed something that raises when it is launched."""
     return _Absent(f.__name__) if triton is None else triton.jit(f)
-
-
-def ship(label: str, kernel: Any, types: str, *, num_warps: int = 4, num_stages: int = 2, **constants: Any) -> None:
-    """Enters a kernel into the list. types: of its arguments that are no constants, in their order, separated by blanks."""
-    if triton is not None:
-        names = [name for name in kernel.arg_names if name not in constants]
-        SHIPPED.append(Shipped(
-            label, kernel, dict(zip(names, types.split(), strict=True)), constants, num_warps, num_stages
-        ))  # fmt: skip
 
 
 class _Absent:
@@ -60,3 +47,79 @@ class _Absent:
             f"swiftk: {self._name} is a Triton kernel and Triton cannot be imported ({_missing}); "
             "install it with `pip install triton` (Linux with an NVIDIA GPU)"
         )
+
+
+# --- launching ---------------------------------------------------------------------------------------------------
+
+
+def launch(kernel: Any, grid: Sequence[int], *args: Any, fuse: bool = True, **meta: Any) -> None:
+    """kernel[grid](*args, **meta) on the device of the first argument, a tensor; nothing where the grid is empty.
+
+    fuse: a product and a sum may become one fused multiply-add (Triton 3.9 does by default, 3.10 does not: said here once).
+    False where bits are promised.
+    """
+    if 0 in grid:
+        return
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device, whatever its arguments
+            kernel[tuple(grid)](*args, enable_fp_fusion=fuse, **meta)
+    else:
+        kernel[tuple(grid)](*args, enable_fp_fusion=fuse, **meta)
+
+
+_interpreted = torch.library.Library("swiftk", "IMPL") if INTERPRETED else None
+
+
+def register_cuda(operator: str) -> Callable[[Callable], Callable]:
+    """torch.library.register_kernel(operator, "cuda"), and under the interpreter in the place of the CPU's kernel too, whose
+    registration comes before."""
+
+    def register(f: Callable) -> Callable:
+        torch.library.register_kernel(operator, "cuda")(f)
+        if _interpreted is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that there is one already
+                _interpreted.impl(operator.removeprefix("swiftk::"), f, "CPU", allow_override=True)
+        return f
+
+    return register
+
+
+# --- what is shipped ---------------------------------------------------------------------------------------------
+
+
+class Shipped(NamedTuple):
+    """A kernel as it is launched, for `make compile-gpu`, which compiles it on a machine without a GPU."""
+
+    label: str
+    kernel: Any
+    types: Mapping[str, str]  # argument -> "*bf16", "i32", "i64", "fp32" ...
+    divisible: frozenset[str]  # arguments that are multiples of 16
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    fuse: bool
+    archs: tuple[int, ...]
+    spills: int  # bytes that may spill, with the measurement that says why beside the call
+
+
+SHIPPED: list[Shipped] = []
+
+
+def ship(
+    label: str, kernel: Any, types: str, *, num_warps: int = 4, num_stages: int = 2, fuse: bool = True,
+    archs: tuple[int, ...] = (80, 90, 100), spills: int = 0, **constants: Any,
+) -> None:  # fmt: skip
+    """Enters a kernel into the list.
+
+    types: of the arguments that are no constants, in their order, separated by blanks, as Triton writes them; `i32:16` is a
+    multiple of 16. Pointers are: torch's allocations are, and Triton compiles another kernel for those that are not.
+    """
+    if triton is None or INTERPRETED:
+        return
+    names = [name for name in kernel.arg_names if name not in constants]
+    given = dict(zip(names, types.split(), strict=True))
+    divisible = frozenset(name for name, t in given.items() if t.startswith("*") or t.endswith(":16"))
+    bare = {name: t.removesuffix(":16") for name, t in given.items()}
+    SHIPPED.append(Shipped(label, kernel, bare, divisible, constants, num_warps, num_stages, fuse, archs, spills))

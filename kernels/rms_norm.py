@@ -9,11 +9,13 @@ Not supported: an added bias, a weight offset (Gemma's 1 + w: add it before the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
-from swiftk.kernels._triton import jit, ship, tl, tl_acc, triton
+from swiftk.kernels._triton import jit, launch, on_gpu, register_cuda, ship, tl, tl_acc, triton
 
 ROW_BLOCK = 64  # rows per partial sum of dw, kRows in csrc/cpu/rms_norm.inc
 
@@ -30,17 +32,25 @@ def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6) -> to
 
 # --- Triton ------------------------------------------------------------------------------------------------------
 #
-# A program holds whole rows in registers: x is read once. Its width is the next power of two, one warp per 512 elements up to
-# eight (unmeasured: no GPU yet). dw: each program adds up ROW_BLOCK rows in their order, the blocks' sums are then added in
-# theirs, so that a result does not depend on the GPU's size.
+# A program holds whole rows in registers: x is read once. Its width is the next power of two. dw: a program adds up TRITON_ROWS
+# rows in their order, the blocks' sums are then added in theirs, so that a result does not depend on the GPU's size.
+# Warps: one per 512 elements, from registers and spills (`make compile-gpu`); no GPU has measured them.
+
+TRITON_ROWS = 16  # rows per partial sum of dw: of bf16, 1/8 of x's bytes in fp32 partial sums
 
 
 @jit
-def _rms_norm_fwd_kernel(x, weight, y, rstd, cols, eps, ACC: tl.constexpr, WIDTH: tl.constexpr):
+def _rms_norm_fwd_kernel(
+    x, residual, weight, y, rstd, cols, eps, ACC: tl.constexpr, WIDTH: tl.constexpr, HAS_RESIDUAL: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, WIDTH)
     inside = at < cols
     v = tl.load(x + row * cols + at, mask=inside, other=0.0).to(ACC)
+    if HAS_RESIDUAL:
+        sums = (v + tl.load(residual + row * cols + at, mask=inside, other=0.0).to(ACC)).to(x.dtype.element_ty)
+        tl.store(x + row * cols + at, sums, mask=inside)
+        v = sums.to(ACC)
     r = 1.0 / tl.sqrt(tl.sum(v * v, axis=0) / cols + eps)
     w = tl.load(weight + at, mask=inside, other=0.0).to(ACC)
     tl.store(y + row * cols + at, (v * r * w).to(y.dtype.element_ty), mask=inside)
@@ -69,44 +79,20 @@ def _rms_norm_bwd_kernel(
     tl.store(dw_blocks + block * cols + at, dw, mask=inside)
 
 
-TRITON_ROWS = 16  # rows per partial sum of dw: 1/8 of x in fp32 partial sums of bf16
-
-
-def _shape(cols: int) -> dict[str, int]:
+def _shape(cols: int) -> dict[str, Any]:
     width = triton.next_power_of_2(cols)
-    return {"WIDTH": width, "num_warps": max(1, min(8, width // 512))}
+    return {"WIDTH": width, "num_warps": max(1, min(16, width // 512))}
 
 
-for _width in (1024, 4096, 8192):
+for _cols in (128, 1024, 4096, 8192):
     ship(
-        f"rms_norm_fwd bf16 {_width}", _rms_norm_fwd_kernel, "*bf16 *bf16 *bf16 *fp32 i32 fp32", num_warps=min(8, _width // 512),
-        ACC=tl.float32, WIDTH=_width,
+        f"rms_norm_fwd bf16 {_cols}", _rms_norm_fwd_kernel, "*bf16 *bf16 *bf16 *bf16 *fp32 i32:16 fp32", ACC=tl.float32,
+        HAS_RESIDUAL=True, **_shape(_cols),
     )  # fmt: skip
     ship(
-        f"rms_norm_bwd bf16 {_width}", _rms_norm_bwd_kernel, "*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 i32 i32",
-        num_warps=min(8, _width // 512), ACC=tl.float32, WIDTH=_width, ROWS=TRITON_ROWS,
+        f"rms_norm_bwd bf16 {_cols}", _rms_norm_bwd_kernel, "*bf16 *bf16 *bf16 *fp32 *bf16 *fp32 i32 i32:16", ACC=tl.float32,
+        ROWS=TRITON_ROWS, **_shape(_cols),
     )  # fmt: skip
-
-
-def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (rows, H) contiguous, weight (H,) -> y, rstd (rows,)."""
-    rows, cols = x.shape
-    y, rstd = torch.empty_like(x), x.new_empty(rows, dtype=acc_dtype(x.dtype))
-    if rows:
-        _rms_norm_fwd_kernel[(rows,)](x, weight, y, rstd, cols, eps, ACC=tl_acc(x.dtype), **_shape(cols))
-    return y, rstd
-
-
-def rms_norm_bwd_triton(dy, x, weight, rstd) -> tuple[torch.Tensor, torch.Tensor]:
-    """dy, x (rows, H) contiguous -> dx, dw."""
-    rows, cols = x.shape
-    blocks = -(-rows // TRITON_ROWS)
-    dx, dw_blocks = torch.empty_like(x), x.new_empty(blocks, cols, dtype=acc_dtype(x.dtype))
-    if rows:
-        _rms_norm_bwd_kernel[(blocks,)](
-            dy, x, weight, rstd, dx, dw_blocks, rows, cols, ACC=tl_acc(x.dtype), ROWS=TRITON_ROWS, **_shape(cols)
-        )
-    return dx, dw_blocks.sum(0).to(weight.dtype)
 
 
 # --- launchers ---------------------------------------------------------------------------------------------------
@@ -119,6 +105,13 @@ def rms_norm_out(
     """Writes y and rstd; no checks, no autograd. x, y (rows, H) contiguous, weight (H,), rstd (rows,); y may be x itself.
     With a residual (rows, H), x += residual first, in place and rounded, as torch's sum of the two is."""
     rows, cols = x.shape
+    if on_gpu(x):
+        has = residual is not None
+        launch(
+            _rms_norm_fwd_kernel, (rows,), x, residual if has else x, weight, y, rstd, cols, eps, ACC=tl_acc(x.dtype),
+            HAS_RESIDUAL=has, **_shape(cols),
+        )  # fmt: skip
+        return
     native().rms_norm_fwd(
         DTYPE_CODES[x.dtype], x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(), y.data_ptr(),
         rstd.data_ptr(), rows, cols, eps,
@@ -134,8 +127,8 @@ torch.library.define(
 )
 
 
-@torch.library.register_kernel("swiftk::rms_norm_fwd", "cpu")
-def _rms_norm_fwd_cpu(x, weight, eps, isa):
+@torch.library.register_kernel("swiftk::rms_norm_fwd", ("cpu", "cuda"))
+def _rms_norm_fwd(x, weight, eps, isa):
     x2 = x.reshape(-1, x.shape[-1]).contiguous()
     y = x.new_empty(x.shape)  # not a view, which autograd would not let be changed in place
     rstd = x2.new_empty(x2.shape[0], dtype=acc_dtype(x.dtype))
@@ -156,17 +149,18 @@ def _rms_norm_bwd_cpu(dy, x, weight, rstd, isa):
     return dx.view(x.shape), dw
 
 
-@torch.library.register_kernel("swiftk::rms_norm_fwd", "cuda")
-def _rms_norm_fwd_cuda(x, weight, eps, isa):
-    y, rstd = rms_norm_triton(x.reshape(-1, x.shape[-1]).contiguous(), weight.contiguous(), eps)
-    return y.view(x.shape), rstd
-
-
-@torch.library.register_kernel("swiftk::rms_norm_bwd", "cuda")
+@register_cuda("swiftk::rms_norm_bwd")
 def _rms_norm_bwd_cuda(dy, x, weight, rstd, isa):
-    x2, dy2 = (t.reshape(-1, x.shape[-1]).contiguous() for t in (x, dy))
-    dx, dw = rms_norm_bwd_triton(dy2, x2, weight.contiguous(), rstd)
-    return dx.view(x.shape), dw
+    cols = x.shape[-1]
+    x2, dy2 = (t.reshape(-1, cols).contiguous() for t in (x, dy))
+    rows = x2.shape[0]
+    blocks = -(-rows // TRITON_ROWS)
+    dx, dw_blocks = torch.empty_like(x2), x2.new_empty(blocks, cols, dtype=acc_dtype(x.dtype))
+    launch(
+        _rms_norm_bwd_kernel, (blocks,), dy2, x2, weight.contiguous(), rstd, dx, dw_blocks, rows, cols, ACC=tl_acc(x.dtype),
+        ROWS=TRITON_ROWS, **_shape(cols),
+    )  # fmt: skip
+    return dx.view(x.shape), dw_blocks.sum(0).to(weight.dtype)
 
 
 @torch.library.register_fake("swiftk::rms_norm_fwd")
@@ -213,7 +207,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, isa: s
         eps: added to the mean square.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
     Returns: (..., H) in x's dtype, contiguous.
-    Raises: ValueError for a wrong shape, dtype, device or isa.
+    Raises: ValueError for a wrong shape, dtype, device or isa; on CUDA ImportError without Triton.
     """
     check_floating("rms_norm", x=x, weight=weight)
     if x.dim() == 0 or x.shape[-1] == 0:

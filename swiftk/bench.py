@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from swiftk.allocator import keep_freed_memory
-from swiftk.benchmarks import gpu, report
+from swiftk.benchmarks import compile_gpu, gpu, report
 from swiftk.benchmarks.harness import Limits, Options, as_json, environment, machine_name, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WORKS = ("kernels", "train", "memory", "decode", "compile-gpu", "gpu", "readme")
 
 
 def kernel_names() -> list[str]:
@@ -77,8 +78,11 @@ def run_kernels(options: Options, only: list[str], keep: bool, plot: Path | None
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compile-gpu"]:
+        return compile_gpu.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m swiftk.bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("what", nargs="?", choices=["kernels", "train", "memory", "decode", "gpu", "readme"], default="kernels")
+    parser.add_argument("what", nargs="?", choices=WORKS, default="kernels")
     parser.add_argument("--only", nargs="+", default=[], metavar="OP", help="of kernels: ops; of decode: works")
     parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these peers (none: no peer); default: all installed")
     parser.add_argument("--isa", default="auto", choices=["auto", "avx512", "avx2", "portable"])

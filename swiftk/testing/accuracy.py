@@ -1,7 +1,7 @@
 """The one tolerance rule: an op's error is at most twice the error of plain torch in the same dtype, both against fp64.
 
 The 2x and the floor leave room for another order of summation and for nothing else: a few ulps where sums are rounded in the
-dtype itself, one for bf16, whose sums are fp32 and rounded once.
+dtype itself, one for bf16 and fp16, whose sums are fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 # relative to the largest magnitude of the fp64 result; 8 ulps of bf16 would be 6 %
-FLOOR_ULPS = {torch.bfloat16: 1, torch.float32: 8, torch.float64: 8}
+FLOOR_ULPS = {torch.bfloat16: 1, torch.float16: 1, torch.float32: 8, torch.float64: 8}
 
 
 def error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -1,0 +1,29 @@
+"""The Triton kernels: by the interpreter on CPU tensors (TRITON_INTERPRET=1, set before swiftk is imported, so in a pytest call
+of its own), or on a CUDA device where torch sees one. `make test` does the first, `make gpu PART=test` the second."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swiftk.kernels._triton import INTERPRETED
+
+ON_CUDA = torch.cuda.is_available() and not INTERPRETED
+
+
+def pytest_collection_modifyitems(items):
+    if not (INTERPRETED or ON_CUDA):
+        for item in items:
+            if "tests/triton/" in item.path.as_posix():
+                item.add_marker(pytest.mark.skip(reason="set TRITON_INTERPRET=1, or run on a CUDA device"))
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if ON_CUDA else "cpu")
+
+
+# fp16 is no dtype of the public functions, but is what the interpreter can round to: its bf16 is wrong
+@pytest.fixture(params=[torch.float32, torch.bfloat16 if ON_CUDA else torch.float16], ids=str)
+def dtype(request):
+    return request.param

@@ -1,0 +1,77 @@
+"""What the tests of Triton kernels share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+
+from swiftk.kernels import _checks, _native
+
+
+@contextlib.contextmanager
+def operators_take(dtype: torch.dtype):
+    """The public functions accept `dtype` too: fp16, which the interpreter rounds to as a GPU does, is refused by them."""
+    with mock.patch.dict(_native.DTYPE_CODES, {dtype: _native.DTYPE_CODES.get(dtype, -1)}):
+        assert _checks.DTYPE_CODES is _native.DTYPE_CODES
+        yield
+
+
+def check_operator(f: Callable, *inputs: torch.Tensor, **options) -> None:
+    """f under torch.compile(fullgraph=True), under activation checkpointing and a second time backward: the bits of plain
+    calls. inputs: fp32 leaves; at least one requires a gradient. On CUDA also on a side stream and in a CUDA graph."""
+    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+
+    def run(g: Callable) -> list[torch.Tensor]:
+        y = g(*inputs)
+        ys = [t for t in (y if isinstance(y, tuple) else (y,)) if t.requires_grad]
+        loss = sum((t * torch.linspace(0.5, 1.5, t.numel(), device=t.device).view(t.shape)).sum() for t in ys)
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        second = torch.autograd.grad(loss, leaves)
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
+        return [*ys, *first]
+
+    def call(*args):
+        return f(*args, **options)
+
+    want = run(call)
+    ways = {
+        "compiled": torch.compile(call, fullgraph=True, backend="aot_eager"),
+        "checkpointed": lambda *args: torch.utils.checkpoint.checkpoint(call, *args, use_reentrant=False),
+    }
+    if inputs[0].is_cuda:
+        ways["on a side stream"] = lambda *args: _on_side_stream(call, args)
+        _check_graph(call, inputs)
+    for name, way in ways.items():
+        for got, wanted in zip(run(way), want, strict=True):
+            assert torch.equal(got, wanted), name
+
+
+def _on_side_stream(f: Callable, args: tuple):
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        y = f(*args)
+    torch.cuda.current_stream().wait_stream(stream)
+    return y
+
+
+def _check_graph(f: Callable, inputs: tuple) -> None:
+    """Captured once, replayed on other values in the same places."""
+    fixed = [t.detach().clone() if isinstance(t, torch.Tensor) else t for t in inputs]
+    f(*fixed)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = f(*fixed)
+    for t in fixed:
+        if isinstance(t, torch.Tensor) and t.is_floating_point():
+            t.mul_(1.25)
+    graph.replay()
+    torch.cuda.synchronize()
+    want = f(*fixed)
+    for a, b in zip(y if isinstance(y, tuple) else (y,), want if isinstance(want, tuple) else (want,), strict=True):
+        assert torch.equal(a, b)
