@@ -18,7 +18,12 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    triton, tl, _missing = None, None, error
+    triton, _missing = None, error
+
+    class tl:
+        """In Triton's place where it is not installed: kernels can be defined."""
+
+        constexpr = float32 = float64 = int64 = None
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
@@ -31,6 +36,11 @@ def on_gpu(x: torch.Tensor) -> bool:
 def tl_acc(dtype: torch.dtype) -> Any:
     """The dtype that a kernel computes in: fp32, or fp64 for fp64."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def next_power_of_2(n: int) -> int:
+    """Of n >= 1."""
+    return 1 << (n - 1).bit_length()
 
 
 def jit(f: Callable) -> Any:

@@ -15,7 +15,7 @@ import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
-from swiftk.kernels._triton import jit, launch, on_gpu, register_cuda, ship, tl, tl_acc, triton
+from swiftk.kernels._triton import jit, launch, next_power_of_2, on_gpu, register_cuda, ship, tl, tl_acc
 
 ROW_BLOCK = 64  # rows per partial sum of dw, kRows in csrc/cpu/rms_norm.inc
 
@@ -80,7 +80,7 @@ def _rms_norm_bwd_kernel(
 
 
 def _shape(cols: int) -> dict[str, Any]:
-    width = triton.next_power_of_2(cols)
+    width = next_power_of_2(cols)
     return {"WIDTH": width, "num_warps": max(1, min(16, width // 512))}
 
 

@@ -10,7 +10,7 @@ scaling as published with Llama 3.1. Products and the table are in fp32 (fp64 fo
 the table to bf16 for a bf16 model, and position * inv_freq to fp32 (2^-24 of 100,000 radians is 0.006), so it differs there.
 Bytes per element of x: 1 read, 1 write, in the forward and in the backward; the table's row is shared by the heads.
 Not supported: interleaved pairs, `dynamic` and `longrope` scaling (their frequencies depend on the length of the input),
-a gradient for the table, a CUDA kernel (not there yet).
+a gradient for the table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape
-from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
+from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
+from swiftk.kernels._triton import jit, launch, next_power_of_2, on_gpu, ship, tl
 
 # --- table -------------------------------------------------------------------------------------------------------
 
@@ -169,6 +170,55 @@ def rope_ref(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: t
     return torch.cat(((x1 * c - x2 * s).to(x.dtype), (x2 * c + x1 * s).to(x.dtype), rest), -1)
 
 
+# --- Triton ------------------------------------------------------------------------------------------------------
+# A program turns HEADS heads of one token, both halves read before either is written; products and sums are rounded apart
+# (fuse=False), so the bits are the CPU's. A position outside of the table gives NaN, under TRITON_DEBUG=1 an error.
+
+
+@jit
+def _rope_kernel(
+    x, x_token, x_head, cos, sin, table_rows, positions, y, heads, head_dim, half, INVERSE: tl.constexpr, HALF: tl.constexpr,
+    REST: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    at = tl.arange(0, HALF)[None, :]
+    position = tl.load(positions + token).to(tl.int64)
+    known = (position >= 0) & (position < table_rows)
+    tl.device_assert(known, "rope: positions has a value outside of the table")
+    seen = at < tl.where(known, half, 0)
+    c = tl.load(cos + position * half + at, mask=seen, other=float("nan"))
+    s = tl.load(sin + position * half + at, mask=seen, other=float("nan"))
+    if INVERSE:
+        s = -s
+    inside = (at < half) & (head < heads)
+    a = x + token * x_token + head * x_head
+    b = y + (token * heads + head) * head_dim
+    x1 = tl.load(a + at, mask=inside, other=0.0).to(c.dtype)
+    x2 = tl.load(a + half + at, mask=inside, other=0.0).to(c.dtype)
+    if REST > 0:
+        rest = 2 * half + tl.arange(0, REST)[None, :]
+        past = (rest < head_dim) & (head < heads)
+        tl.store(b + rest, tl.load(a + rest, mask=past, other=0.0), mask=past)
+    tl.store(b + at, (x1 * c - x2 * s).to(y.dtype.element_ty), mask=inside)
+    tl.store(b + half + at, (x2 * c + x1 * s).to(y.dtype.element_ty), mask=inside)
+
+
+def _shape(heads: int, head_dim: int, half: int) -> dict[str, Any]:
+    """A power of two of heads that make about 2048 elements: four warps of 16 a thread; no GPU has measured it."""
+    wide, rest = next_power_of_2(half), head_dim - 2 * half
+    return {
+        "HALF": wide, "REST": next_power_of_2(rest) if rest else 0,
+        "HEADS": min(next_power_of_2(heads), max(1, 1024 // wide)), "num_warps": 4,
+    }  # fmt: skip
+
+
+ship(
+    "rope bf16 128", _rope_kernel, "*bf16 i64:16 i64:16 *fp32 *fp32 i32 *i64 *bf16 i32 i32:16 i32:16", fuse=False,
+    INVERSE=False, **_shape(32, 128, 64),
+)  # fmt: skip
+
+
 # --- launchers ---------------------------------------------------------------------------------------------------
 
 
@@ -176,9 +226,18 @@ def rope_out(
     x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, y: torch.Tensor, *, inverse: bool = False,
     isa: str = "auto",
 ) -> None:  # fmt: skip
-    """Writes y; no autograd, and of the checks only that of the positions. x (total, heads, head_dim) with a contiguous last
-    dimension, cos, sin, positions and y contiguous; y may be x itself where x is contiguous. inverse: the negative angle."""
+    """Writes y; no autograd, and of the checks only that of the positions (on the CPU).
+
+    x (total, heads, head_dim) with a contiguous last dimension, cos, sin, positions and y contiguous; y may be x itself where
+    x is contiguous. inverse: the negative angle."""
     total, heads, head_dim = x.shape
+    if on_gpu(x):
+        meta = _shape(heads, head_dim, cos.shape[1]) if x.numel() else {"HEADS": 1}
+        launch(
+            _rope_kernel, (total, -(-heads // meta["HEADS"])), x, x.stride(0), x.stride(1), cos, sin, cos.shape[0], positions,
+            y, heads, head_dim, cos.shape[1], INVERSE=inverse, fuse=False, **meta,
+        )  # fmt: skip
+        return
     outside = native().rope(
         DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), x.stride(1), cos.data_ptr(), sin.data_ptr(), cos.shape[0],
         positions.data_ptr(), positions.dtype == torch.int64, y.data_ptr(), total, heads, head_dim, cos.shape[1], inverse,
@@ -196,17 +255,12 @@ def rope_out(
 torch.library.define("swiftk::rope", "(Tensor x, Tensor cos, Tensor sin, Tensor positions, bool inverse, str isa) -> Tensor")
 
 
-@torch.library.register_kernel("swiftk::rope", "cpu")
-def _rope_cpu(x, cos, sin, positions, inverse, isa):
+@torch.library.register_kernel("swiftk::rope", ("cpu", "cuda"))
+def _rope(x, cos, sin, positions, inverse, isa):
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rope_out(x, cos.contiguous(), sin.contiguous(), positions.contiguous(), y, inverse=inverse, isa=isa)
     return y
-
-
-@torch.library.register_kernel("swiftk::rope", "cuda")
-def _rope_cuda(x, cos, sin, positions, inverse, isa):
-    no_cuda_kernel("rope")
 
 
 @torch.library.register_fake("swiftk::rope")
@@ -243,10 +297,10 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch
         cos, sin: (max_position, rotary_dim / 2) from `rope_table`, fp32 (fp64 for fp64 x); rotary_dim <= head_dim, elements
             past it pass through. No gradient flows into them.
         positions: (total,), int64 or int32, each a row of the table.
-        isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable" (all give the same bits).
+        isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable"; all, and CUDA, give the same bits.
     Returns: (total, heads, head_dim) in x's dtype, contiguous.
     Raises: ValueError for a wrong shape, dtype, device or isa, a table that requires grad, or (on the CPU) a position
-        outside of the table; NotImplementedError on CUDA (no kernel yet).
+        outside of the table, which on CUDA gives NaN; there ImportError without Triton.
     """
     check_floating("rope", x=x)
     check_floating("rope", cos=cos, sin=sin)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from swiftk.benchmarks import compile_gpu
 
+ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = compile_gpu.shipped()
 
 
@@ -22,3 +27,22 @@ def test_spills_and_shared_memory_are_errors():
     assert "spilled" in (fine._replace(spills=8).wrong() or "")
     assert fine._replace(spills=8, allowed=8).wrong() is None
     assert "shared memory" in (fine._replace(shared=fine.shared + 1).wrong() or "")
+
+
+def test_without_triton_kernels_import_and_a_launch_says_what_to_install():
+    code = """
+import sys
+sys.modules["triton"] = None
+import importlib, pkgutil, torch, swiftk.kernels
+for module in pkgutil.walk_packages(swiftk.kernels.__path__, "swiftk.kernels."):
+    importlib.import_module(module.name)
+from swiftk.kernels import _triton
+from swiftk.kernels.rms_norm import _rms_norm_fwd_kernel, rms_norm
+rms_norm(torch.ones(2, 3), torch.ones(3))
+try:
+    _triton.launch(_rms_norm_fwd_kernel, (1,), torch.ones(2))
+except ImportError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "_rms_norm_fwd_kernel is a Triton kernel" in out.stdout and "pip install triton" in out.stdout
