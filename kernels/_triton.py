@@ -8,6 +8,7 @@ fp32, fp64 and, below the public functions, fp16. Without Triton the import work
 
 from __future__ import annotations
 
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,11 +20,7 @@ try:
     import triton.language as tl
 except ImportError as error:
     triton, _missing = None, error
-
-    class tl:
-        """In Triton's place where it is not installed: kernels can be defined."""
-
-        constexpr = float32 = float64 = int64 = None
+    tl = types.SimpleNamespace(float32=None, float64=None)  # what is read where kernels are defined
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 
@@ -118,18 +115,18 @@ SHIPPED: list[Shipped] = []
 
 
 def ship(
-    label: str, kernel: Any, types: str, *, num_warps: int = 4, num_stages: int = 2, fuse: bool = True,
+    label: str, kernel: Any, arguments: str, *, num_warps: int = 4, num_stages: int = 2, fuse: bool = True,
     archs: tuple[int, ...] = (80, 90, 100), spills: int = 0, **constants: Any,
 ) -> None:  # fmt: skip
     """Enters a kernel into the list.
 
-    types: of the arguments that are no constants, in their order, separated by blanks, as Triton writes them; `i32:16` is a
+    arguments: types of those that are no constants, in their order, separated by blanks, as Triton writes them; `i32:16` is a
     multiple of 16. Pointers are: torch's allocations are, and Triton compiles another kernel for those that are not.
     """
     if triton is None or INTERPRETED:
         return
     names = [name for name in kernel.arg_names if name not in constants]
-    given = dict(zip(names, types.split(), strict=True))
+    given = dict(zip(names, arguments.split(), strict=True))
     divisible = frozenset(name for name, t in given.items() if t.startswith("*") or t.endswith(":16"))
     bare = {name: t.removesuffix(":16") for name, t in given.items()}
     SHIPPED.append(Shipped(label, kernel, bare, divisible, constants, num_warps, num_stages, fuse, archs, spills))

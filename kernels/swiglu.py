@@ -9,6 +9,8 @@ Not supported: other activations (GELU), a clamp or a scale inside the gate.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
@@ -60,7 +62,7 @@ def _swiglu_bwd_kernel(
     tl.store(dgate + row * cols + at, (d * u * s * (1.0 + g * (1.0 - s))).to(dgate.dtype.element_ty), mask=inside)
 
 
-_META = {"TILE": TILE, "num_warps": 4}
+_META: dict[str, Any] = {"TILE": TILE, "num_warps": 4}
 ship("swiglu_fwd bf16", _swiglu_fwd_kernel, "*bf16 i64:16 *bf16 i64:16 *bf16 i64:16", ACC=tl.float32, **_META)
 ship(
     "swiglu_bwd bf16", _swiglu_bwd_kernel, "*bf16 i64:16 *bf16 i64:16 *bf16 i64:16 *bf16 *bf16 i64:16",
