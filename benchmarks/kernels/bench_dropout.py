@@ -12,14 +12,14 @@ from swiftk.kernels.dropout import Dropout, dropout, dropout_ref
 
 
 def cases(options: Options) -> Iterator[Case]:
-    rows, columns = (64, 128) if options.quick else (2048, 1024)
+    rows, columns = (64, 128) if options.quick else (8192, 4096) if options.device == "cuda" else (2048, 1024)
     for dtype in (torch.float32, torch.bfloat16):
         yield forward(rows, columns, dtype, options)
 
 
 def forward(rows: int, columns: int, dtype: torch.dtype, options: Options) -> Case:
     x = torch.randn(rows, columns, dtype=dtype, device=options.device)
-    d = Dropout(0.05, torch.tensor([42, 1]), 3, torch.arange(rows))
+    d = Dropout(0.05, torch.tensor([42, 1], device=options.device), 3, torch.arange(rows, device=options.device))
 
     def check(y):
         assert torch.equal(y, dropout_ref(x, d))
