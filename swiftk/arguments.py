@@ -64,6 +64,7 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # key -> (accep
     "optim": (("adamw", "adamw_8bit", "galore", "q_galore"), ("adafactor", "sgd", "lion", "muon", "paged_adamw_8bit")),
     "recompute_granularity": (("none", "selective", "full"), ()),
     "torch_dtype": (("bfloat16", "float32", "float64"), ("float16",)),
+    "device": (("auto", "cpu", "cuda"), ()),
     "isa": (("auto", "avx512", "avx2", "portable"), ()),
     "report_to": (("tensorboard", "none"), ("wandb", "swanlab", "mlflow")),
 }

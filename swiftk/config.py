@@ -105,8 +105,10 @@ class RunConfig:
     report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard | none; logging.jsonl is always written
     resume_from_checkpoint: str | None = None  # directory | auto: newest valid one of an equal run under output_dir
     recompute_granularity: str = "selective"  # none | selective | full
-    torch_dtype: str | None = None  # compute dtype: bfloat16 | float32 | float64; None: bf16 where the CPU has it, else fp32
-    isa: str = "auto"  # auto | avx512 | avx2 | portable
+    torch_dtype: str | None = None  # bfloat16 | float32 | float64, of compute; None: bf16 if the GPU or CPU has it, else fp32
+    device: str = "auto"  # auto: the CUDA device of the rank where torch sees one, else the CPU | cpu | cuda
+    isa: str = "auto"  # of the CPU: auto | avx512 | avx2 | portable
+    torch_compile: bool = False  # each block through torch.compile; the first steps take minutes
     peak_tflops: float | None = None  # of one rank, for MFU; None: measured with a matmul at the start
     check_trained: bool = False  # an error after the first step, and at the end, if a trained tensor has not moved
     seed: int = 42

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from swiftk.allocator import give_back_large_blocks
 from swiftk.arguments import Arguments, help_text, parse
-from swiftk.model.compute import isa_path
+from swiftk.model.compute import isa_path, pick_device
 from swiftk.parallel import comm as communication
 from swiftk.parallel.comm import DistComm
 from swiftk.parallel.mesh import Mesh
@@ -64,7 +64,7 @@ def resume_command(argv: list[str], world_size: int) -> str:
     return f"{start_command(world_size)} {shlex.join(rest)} --resume_from_checkpoint auto"
 
 
-def connect(arguments: Arguments, rank: int, world_size: int) -> tuple[Mesh, Watchdog | None]:
+def connect(arguments: Arguments, rank: int, world_size: int, device: torch.device) -> tuple[Mesh, Watchdog | None]:
     """The process group from torchrun's environment, and the thread that names a rank that died."""
     if world_size == 1:
         return Mesh.single(), None
@@ -74,7 +74,8 @@ def connect(arguments: Arguments, rank: int, world_size: int) -> tuple[Mesh, Wat
     run_id = f"swiftk/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     store = dist.TCPStore(host, port, world_size, is_master, timeout=timeout)
     group = dist.PrefixStore(f"{run_id}/group", store)
-    dist.init_process_group("gloo", store=group, rank=rank, world_size=world_size, timeout=timeout)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"  # counts and objects lie on the CPU, gradients do not
+    dist.init_process_group(backend, store=group, rank=rank, world_size=world_size, timeout=timeout)
     comm = DistComm()
     beats = dist.PrefixStore(f"{run_id}/watchdog", dist.TCPStore(host, port, None, False, timeout=timedelta(seconds=10)))
     watchdog = Watchdog(beats, rank, world_size, timeout=arguments.parallel.heartbeat_timeout,
@@ -115,6 +116,7 @@ def main(argv: list[str]) -> int:
     try:
         arguments = parse(argv, world_size=world_size, preset=str(PRESET))
         isa_path(arguments.run.isa)
+        device = pick_device(arguments.run.device, int(os.environ.get("LOCAL_RANK", "0")))
     except (ValueError, ImportError) as error:  # the second: no compiled kernels
         if rank == 0:
             print(f"swiftk.train: {error}", file=sys.stderr)
@@ -128,16 +130,18 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
     give_back_large_blocks()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     stop = StopFlag()
     try:
-        mesh, watchdog = connect(arguments, rank, world_size)
+        mesh, watchdog = connect(arguments, rank, world_size, device)
     except (RuntimeError, OSError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         return fail(f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}", rank, None)
     try:
         run(
             arguments.run, arguments.tuner, arguments.data, arguments.optim, mesh, stop, arguments=arguments.flat(),
-            yaml_path=arguments.yaml_path,
+            yaml_path=arguments.yaml_path, device=device,
             commands=Commands(
                 start_command(2), program("tensorboard", "tensorboard.main"), resume_command(argv, world_size),
                 f"{program('python')} -m swiftk.merge", f"{program('python')} -m swiftk.generate",

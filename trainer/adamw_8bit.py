@@ -98,7 +98,10 @@ class AdamW8bit(torch.optim.Optimizer):
         ours = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
         for number, p in zip(saved, ours, strict=True):
             if number in state_dict["state"]:
-                self.state[p] = {k: t.detach().clone().to(p.device) for k, t in state_dict["state"][number].items()}
+                self.state[p] = {
+                    k: t.detach().clone().to("cpu" if k == "step" else p.device)  # read by the host at every step
+                    for k, t in state_dict["state"][number].items()
+                }
 
 
 # --- bitsandbytes ------------------------------------------------------------------------------------------------

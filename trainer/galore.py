@@ -41,7 +41,7 @@ def leading_directions(g: torch.Tensor, rank: int, key: str) -> torch.Tensor:
     digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
     columns = min(rank + OVERSAMPLE, g.shape[0])
-    q = torch.from_numpy(generator.standard_normal((g.shape[0], columns), dtype=np.float32))
+    q = torch.from_numpy(generator.standard_normal((g.shape[0], columns), dtype=np.float32)).to(g.device)
     g = g / g.abs().max()  # its square must neither overflow nor vanish
     for _ in range(ITERATIONS):
         q = torch.linalg.qr(g @ (g.t() @ q))[0]

@@ -71,7 +71,7 @@ def train(t: Training) -> bool:
     params, comm, config = dict(t.model.named_parameters()), t.mesh.dp.comm, t.config
     shape = t.model.config
     work = model_work(shape, t.model.specs, {name for name, p in params.items() if p.requires_grad})
-    seed_step = torch.tensor([config.seed, 0])
+    seed_step = torch.tensor([config.seed, 0], device=t.model.device)
     eval_steps = config.eval_steps if config.eval_steps is not None else config.save_steps
     evaluation = evaluate_and_report(t) if t.step == 0 else None
     window = Window()
@@ -89,7 +89,7 @@ def train(t: Training) -> bool:
         losses: list[TokenLoss] = []
         seed_step[1] = t.step
         for batch in batches:
-            loss = token_loss(t.model, batch, seed_step=seed_step, isa=config.isa)
+            loss = token_loss(t.model, batch.to(t.model.device), seed_step=seed_step, isa=config.isa)
             (loss.total / max(1, trained)).backward()
             losses.append(TokenLoss(loss.total.detach(), loss.correct, loss.per_token))
         sum_gradients_(params, t.model.specs, t.mesh)

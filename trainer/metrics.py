@@ -75,21 +75,27 @@ def step_flops(config: ModelConfig, work: Work, tokens: int, squares: int) -> tu
     return products + attention, products + attention / 2
 
 
-def measure_peak(dtype: torch.dtype, comm: Comm, size: int = 768) -> float:
-    """FLOP/s of a square matrix product, summed over the ranks while all are at it (they share the machine)."""
-    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+def measure_peak(dtype: torch.dtype, comm: Comm, device: torch.device, size: int | None = None) -> float:
+    """FLOP/s of a square matrix product, summed over the ranks while all are at it (CPU ranks share the machine)."""
+    size = size or (768 if device.type == "cpu" else 8192)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     best = float("inf")
     torch.mm(a, b)
     comm.barrier()
     for _ in range(5):
+        wait()
         start = time.perf_counter()
         torch.mm(a, b)
+        wait()
         best = min(best, time.perf_counter() - start)
     return float(comm.all_reduce_(torch.tensor([2 * size**3 / best], dtype=torch.float64))[0])
 
 
 def peak_memory_gib() -> float:
-    """Largest resident set of this process so far."""
+    """The most that this process has held so far: of the GPU's memory where it has used one, else its resident set."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -123,7 +123,8 @@ def state_of(optimizer: torch.optim.Optimizer, p: torch.nn.Parameter) -> dict[st
         if isinstance(optimizer, AdamW8bit):
             state.update(optimizer.initial_state(p))
         else:
-            state.update(step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            step = torch.zeros((), dtype=torch.float32, device=p.device)  # where the fused kernel reads it
+            state.update(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     return state
 
 

@@ -16,7 +16,7 @@ import torch
 from swiftk import __version__
 from swiftk.config import DataConfig, OptimConfig, RunConfig, TunerConfig
 from swiftk.model import Model, ModelConfig, load_adapter, load_checkpoint
-from swiftk.model.compute import compute_dtype, isa_path
+from swiftk.model.compute import CPU, compute_dtype, device_name, isa_path
 from swiftk.model.freezing import ambiguous_prefixes
 from swiftk.parallel.mesh import Mesh
 from swiftk.trainer import checkpoint
@@ -162,7 +162,7 @@ def prepare_run_dir(config: RunConfig, output_dir: Path, resume: Path | None, ar
 
 def run(
     config: RunConfig, tuner: TunerConfig, data: DataConfig, optim: OptimConfig, mesh: Mesh, stop: StopFlag, *,
-    arguments: dict[str, Any], yaml_path: str | None, commands: Commands,
+    arguments: dict[str, Any], yaml_path: str | None, commands: Commands, device: torch.device = CPU,
 ) -> bool:  # fmt: skip
     """One training run, on every rank.
 
@@ -170,6 +170,7 @@ def run(
         arguments: every key with its value, for args.json and for the comparison on resume.
         yaml_path: the configuration file, copied to the output.
         commands: printed at the end; `resume` when a signal stops the run.
+        device: this rank's own, of the model and the optimizer.
     Returns: True if the run finished, or printed its preview; False if a signal stopped it (saved).
     Raises: ValueError for bad input, CheckpointError, NonFiniteError.
     """
@@ -206,7 +207,7 @@ def run(
     if len(set(mesh.world.comm.all_gather_object(mark))) > 1:
         raise ValueError("dataset: the ranks read different rows; every rank needs the same files")
 
-    dtype = compute_dtype(config.torch_dtype, config.isa)
+    dtype = compute_dtype(config.torch_dtype, config.isa, device)
     model = Model(
         shape, mesh, compute_dtype=dtype, seed=None if config.model else config.seed, isa=config.isa,
         recompute=config.recompute_granularity, tuner=tuner, adapter_seed=config.seed,
@@ -219,6 +220,10 @@ def run(
         load_checkpoint(model, config.model, started=resume is not None)
     if tuner.adapters and resume is None:
         load_adapter(model, tuner.adapters[0])
+    model.to(device)
+    params, start = dict(model.named_parameters()), model.pissa_start()  # as they are there
+    if config.torch_compile:
+        model.compile_blocks()
     optimizer = build_optimizer(params, optim, config.seed)
     total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * plan.steps_per_epoch(0))
 
@@ -228,11 +233,11 @@ def run(
     bytes_needed += 2 * sum(p.nbytes for p in start.values())
     facts = {
         "arguments": arguments, "version": __version__, "torch": torch.__version__, "isa": isa_path(config.isa),
-        "compute_dtype": str(dtype).removeprefix("torch."), "data_parallel_size": mesh.dp.size,
+        "device": device_name(device), "compute_dtype": str(dtype).removeprefix("torch."), "data_parallel_size": mesh.dp.size,
         "threads_per_rank": torch.get_num_threads(), "total_steps": total_steps,
     }  # fmt: skip
     run_dir = prepare_run_dir(config, output_dir, resume, facts, yaml_path, bytes_needed, mesh)
-    peak = config.peak_tflops * 1e12 * mesh.world.size if config.peak_tflops else measure_peak(dtype, mesh.world.comm)
+    peak = config.peak_tflops * 1e12 * mesh.world.size if config.peak_tflops else measure_peak(dtype, mesh.world.comm, device)
 
     t = Training(
         config=config, optim=optim, mesh=mesh, model=model, optimizer=optimizer, tokenizer=tokenizer, dataset=dataset,
@@ -249,8 +254,8 @@ def run(
         if resume is not None:
             restore(t, checkpoint.load(resume, params, optimizer, start))
             saved = json.loads((resume / checkpoint.ARGS).read_text())
-            for key in ("isa", "compute_dtype"):  # what `auto` chose: equal arguments, but another machine
-                if saved.get(key) != facts[key]:
+            for key in ("device", "isa", "compute_dtype"):  # what `auto` chose: equal arguments, but another machine
+                if saved.get(key, facts[key]) != facts[key]:
                     t.reporter.say(f"careful: {key} was {saved.get(key)} and is {facts[key]}, so the numbers round differently")
         introduce(t)
         if not quiet:
@@ -307,11 +312,12 @@ def introduce(t: Training) -> None:
             say(f"careful: {prefix} is the beginning of {prefix}0 too; {prefix}. means it alone")
     base = sum(p.nbytes for p in t.model.parameters() if not p.requires_grad) + sum(b.nbytes for b in t.model.buffers())
     learnt = sum(p.nbytes for p in trained)
-    peak = f"resident at most {peak_memory_gib():.3f} GiB so far"
+    peak = f"at most {peak_memory_gib():.3f} GiB so far"
     say(f"memory      {mib(base)} frozen, {mib(learnt)} trained, as much for gradients; {peak}")
     how = "given" if t.config.peak_tflops else "measured with a matrix product"
-    threads = f"{t.mesh.dp.size} data-parallel ranks x {facts['threads_per_rank']} threads"
-    say(f"compute     {facts['compute_dtype']}, {facts['isa']}, {threads}, {(t.peak or 0) / 1e9:.0f} GFLOP/s {how}")
+    ranks = f"{t.mesh.dp.size} data-parallel ranks"
+    where = facts["device"] if t.model.device.type == "cuda" else f"{facts['isa']}, {facts['threads_per_rank']} threads"
+    say(f"compute     {facts['compute_dtype']}, {ranks} x {where}, {(t.peak or 0) / 1e9:.0f} GFLOP/s {how}")
     say("rows        " + ", ".join(f"{name} {count}" for name, count in t.dataset.report.items()))
     lengths = token_statistics(t.dataset.lengths)
     shown = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in lengths.items())

@@ -381,11 +381,17 @@ class Model(nn.Module):
         cos, sin = rope_table(
             config.head_dim, config.max_position_embeddings, theta=config.rope_theta, scaling=config.rope_scaling, dtype=master
         )
+        self._run_block: Callable[..., torch.Tensor] = _run_block
         self.weight_version = 0  # raised by every optimizer step: keys and values computed before it are of another model
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         if seed is not None:
             self.base_loaded()
+
+    @property
+    def device(self) -> torch.device:
+        """That of all parameters and buffers: the CPU, until `to` moves them."""
+        return self.model.embed_tokens.weight.device
 
     def linears(self) -> dict[str, Linear]:
         """Module name -> linear, the head among them where it has one."""
@@ -488,13 +494,30 @@ class Model(nn.Module):
         rows = Rows(positions, cu_seqlens, cu_seqlens_k, self.rope_cos, self.rope_sin, seed_step, token_index)
         x = self.model.embed_tokens(input_ids)
         for block in self.model.layers:
-            if self.recompute == "none" or kv_cache is not None or not torch.is_grad_enabled():
+            if kv_cache is not None:
                 x = block(x, rows, kv_cache)
-            elif self.recompute == "full":
-                x = checkpoint(block, x, rows, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = checkpoint(block, x, rows, use_reentrant=False, preserve_rng_state=False, context_fn=_selective)
+                x = self._run_block(block, x, rows, self.recompute if torch.is_grad_enabled() else "none")
         return self.model.norm(x)
+
+    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
+        """From now on `forward` runs each block as one graph of torch.compile (without a cache): elementwise sums join their
+        neighbours, kernels stay what they are. The first steps compile, once for all blocks and again for other lengths."""
+        compiled = torch.compile(_run_block, fullgraph=True, backend=backend)
+
+        def run(*args: Any) -> torch.Tensor:
+            # an adapter's number, which keys its dropout, differs by block and must not make a graph for each
+            with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+                return compiled(*args)
+
+        self._run_block = run
+
+
+def _run_block(block: nn.Module, x: torch.Tensor, rows: Rows, recompute: str) -> torch.Tensor:
+    if recompute == "none":
+        return block(x, rows)
+    keep: dict[str, Any] = {"context_fn": _selective} if recompute == "selective" else {}
+    return checkpoint(block, x, rows, use_reentrant=False, preserve_rng_state=False, **keep)
 
 
 # Operators whose outputs are worth their memory: computing them again is bound by arithmetic, not by bytes.

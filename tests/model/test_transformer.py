@@ -6,6 +6,7 @@ import collections
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +21,7 @@ from swiftk.kernels.rms_norm import rms_norm_ref
 from swiftk.kernels.rope import rope_ref
 from swiftk.kernels.swiglu import swiglu_ref
 from swiftk.model import Model, ModelConfig
-from swiftk.model.transformer import Ops
+from swiftk.model.transformer import NO_TUNER, Ops
 from swiftk.parallel.comm import SingleComm
 from swiftk.parallel.mesh import Axis, Mesh
 from tests.model.families import FAMILIES, make_ours, pack
@@ -221,6 +222,31 @@ def compiled_equals_eager(backend, recompute):
 
 def test_compiles_as_one_graph():
     compiled_equals_eager("aot_eager", "selective")
+
+
+@pytest.mark.parametrize(("recompute", "tuner"), [
+    ("selective", TunerConfig(tuner_type="lora", lora_dropout=0.1)), pytest.param("none", NO_TUNER, marks=pytest.mark.long),
+    pytest.param("full", NO_TUNER, marks=pytest.mark.long),
+])  # fmt: skip
+def test_compiled_blocks_are_the_blocks_and_share_their_graphs(recompute, tuner):
+    config = ModelConfig.from_hf({**FAMILIES["qwen3"].to_dict(), "num_hidden_layers": 3, "layer_types": None})
+    model = Model(config, Mesh.single(), recompute=recompute, tuner=tuner)
+
+    def gradients(batch):
+        hidden = model(*batch, seed_step=torch.tensor([3, len(batch[0])]), token_index=torch.arange(len(batch[0])))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found = torch.autograd.grad(hidden.square().sum(), trained, allow_unused=True)
+        return [hidden, *(g for g in found if g is not None)]
+
+    batches = [pack(9, 1), pack(4, 8, 2), pack(3, 6)]
+    eager = [gradients(batch) for batch in batches]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile_blocks(counter)
+    for batch, want in zip(batches, eager, strict=True):
+        for a, b in zip(gradients(batch), want, strict=True):
+            assert torch.equal(a, b)
+    assert counter.frame_count <= 4  # lengths as they come and any length, each with and without a gradient of the input
 
 
 @pytest.mark.long
