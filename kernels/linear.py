@@ -18,9 +18,17 @@ The order of every sum over K, per instruction set (csrc/cpu/linear.inc, `Dot` i
 K is not split into blocks that are summed apart: accumulators that leave the registers keep their lanes. M, N, strides,
 cache blocks and the thread count choose only which sums stand next to each other, so M = 1 equals M = 4096 bit for bit.
 
+On CUDA `numerics` chooses (on the CPU both are the above):
+- "auto": torch's vendor GEMM under the settings of torch.backends.cuda.matmul (allow_tf32, false unless somebody sets it, and
+  allow_bf16_reduced_precision_reduction, true: sums of a split K may be bf16). How it splits K depends on M. A tail is
+  multiplied first, into y, and the large GEMM adds to it: what is rounded twice is the small term.
+- "invariant": a Triton GEMM in which an element adds k = 0, 1, ... in blocks of 16 (the tensor core orders them; fp32 and
+  fp64: one by one, IEEE), then the tail after K was filled up with zeros, then scale and bias, and one rounding: again a
+  function of x[m] and W alone.
+
 Bytes at M = 1: N K elements of W read once. FLOPs: 2 M N K forward, twice that backward.
 Backward: dx = dy W, dW = dy^T x, db = sum of dy over rows, by torch.matmul, whose order is the vendor's; see `_matmul`.
-Not supported: fp16, an activation in the epilogue, a CUDA kernel (not there yet). An NF4 weight: kernels/nf4_linear.py.
+Not supported: fp16, an activation in the epilogue. An NF4 weight: kernels/nf4_linear.py.
 """
 
 from __future__ import annotations
@@ -32,7 +40,10 @@ from typing import Any, NamedTuple
 import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape
-from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
+from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
+from swiftk.kernels._triton import jit, launch, on_gpu, ship, tl, tl_acc
+
+NUMERICS = ("auto", "invariant")
 
 # --- reference ---------------------------------------------------------------------------------------------------
 
@@ -51,9 +62,6 @@ def linear_ref(
     return (y if bias is None else y + bias.to(acc)).to(x.dtype)
 
 
-# --- launchers ---------------------------------------------------------------------------------------------------
-
-
 class Product(NamedTuple):
     """One of several products of an x: y = scale (x W^T + s t^T) + bias, with the tail (s, t). Shapes as linear_out's."""
 
@@ -64,9 +72,128 @@ class Product(NamedTuple):
     scale: torch.Tensor | None = None
 
 
+# --- Triton ------------------------------------------------------------------------------------------------------
+#
+# numerics="invariant". One accumulator per element walks K from its beginning to its end, then the tail; nothing is split.
+# Two tiles of bf16: up to 64 rows (decoding, bound by W) 64 x 32, so that 4096 columns are 128 programs; above, 128 x 256. Both
+# issue the same instruction along K (Hopper: wgmma m64nNk16 per warp group; Ampere: mma m16n8k16), so the tile is not in the
+# sums; tests/triton/test_linear.py says so of the device at hand. Sizes are from registers and shared memory
+# (`make compile-gpu`); no GPU has measured them.
+
+
+@jit
+def _add_segment(acc, a, b, rows, cols, a_row, b_row, K, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
+    """acc + a b^T over K, a block of K after the other; rows beyond the matrices are clamped, and never stored."""
+    at = tl.arange(0, BLOCK_K)
+    a_at, b_at = a + rows[:, None] * a_row + at[None, :], b + cols[None, :] * b_row + at[:, None]
+    a_k, b_k = rows[:, None] * 0 + at[None, :], cols[None, :] * 0 + at[:, None]
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        u = tl.load(a_at + k, mask=a_k < K - k, other=0.0)
+        v = tl.load(b_at + k, mask=b_k < K - k, other=0.0)
+        acc = tl.dot(u, v, acc, input_precision="ieee", out_dtype=acc.dtype)
+    return acc
+
+
+@jit
+def _linear_kernel(
+    x, w, s, t, scale, bias, y, M, N, K, R, x_row, w_row, s_row, t_row, y_row, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, HAS_TAIL: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    # GROUP tiles below each other run side by side in time, so that W comes from the L2 cache
+    tile, below, beside = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first = tile // (GROUP * beside) * GROUP
+    height = tl.minimum(below - first, GROUP)
+    inner = tile % (GROUP * beside)
+    row = (first + inner % height).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = (inner // height).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows, cols = tl.minimum(row, M - 1), tl.minimum(col, N - 1)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    acc = _add_segment(acc, x, w, rows, cols, x_row, w_row, K, BLOCK_K, STAGES)
+    if HAS_TAIL:
+        acc = _add_segment(acc, s, t, rows, cols, s_row, t_row, R, BLOCK_K, 1)
+    if HAS_SCALE:
+        acc = acc * tl.load(scale + cols)[None, :]
+    if HAS_BIAS:
+        acc = acc + tl.load(bias + cols).to(ACC)[None, :]
+    inside = (row[:, None] < M) & (col[None, :] < N)
+    tl.store(y + row[:, None] * y_row + col[None, :], acc.to(y.dtype.element_ty), mask=inside)
+
+
+def _tile(rows: int, dtype: torch.dtype, epilogue: bool) -> dict[str, Any]:
+    if dtype in (torch.float32, torch.float64):  # no tensor core: the accumulators' registers bound the tile
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8, "num_warps": 4, "STAGES": 3}
+    if rows <= 64:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 1, "num_warps": 4, "STAGES": 5}
+    wide = 128 if epilogue else 256  # 256 columns and their scale and bias are more than 255 registers
+    return {"BLOCK_M": 128, "BLOCK_N": wide, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "STAGES": 3}
+
+
+_SIZES = "i32 i32:16 i32:16 i32:16 i32:16 i32:16 i32:16 i32:16 i32:16"
+for _rows, _has in ((1, False), (1, True), (4096, False), (4096, True)):
+    ship(
+        f"linear bf16 M={_rows}{' tail scale bias' if _has else ''}", _linear_kernel,
+        f"*bf16 *bf16 *bf16 *bf16 *fp32 *bf16 *bf16 {_SIZES}", ACC=tl.float32, HAS_TAIL=_has, HAS_SCALE=_has, HAS_BIAS=_has,
+        **_tile(_rows, torch.bfloat16, _has),
+    )  # fmt: skip
+ship(
+    "linear bf16 logits", _linear_kernel, f"*bf16 *bf16 *bf16 *bf16 *fp32 *bf16 *fp32 {_SIZES}", ACC=tl.float32, HAS_TAIL=False,
+    HAS_SCALE=False, HAS_BIAS=False, **_tile(4096, torch.bfloat16, False),
+)  # fmt: skip
+ship(
+    "linear fp32", _linear_kernel, f"*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 {_SIZES}", ACC=tl.float32, HAS_TAIL=True,
+    HAS_SCALE=True, HAS_BIAS=True, **_tile(1, torch.float32, True),
+)  # fmt: skip
+
+
+def _invariant(x: torch.Tensor, p: Product) -> None:
+    (M, K), N, (s, t) = x.shape, p.weight.shape[0], p.tail or (x, p.weight)
+    tile = _tile(M, x.dtype, any(e is not None for e in (p.tail, p.scale, p.bias)))
+    launch(
+        _linear_kernel, (-(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"]),), x, p.weight, s, t,
+        x if p.scale is None else p.scale, x if p.bias is None else p.bias, p.y, M, N, K, s.shape[1], x.stride(0),
+        p.weight.stride(0), s.stride(0), t.stride(0), p.y.stride(0), ACC=tl_acc(x.dtype), HAS_TAIL=p.tail is not None,
+        HAS_SCALE=p.scale is not None, HAS_BIAS=p.bias is not None, **tile,
+    )  # fmt: skip
+
+
+# --- the vendor's GEMM on CUDA ---------------------------------------------------------------------------------------
+
+
+def vendor_mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, beta: float = 0.0) -> None:
+    """out = a b + beta out by torch; out has a's dtype or the accumulate dtype (fp32 beside bf16: the sums as they are). For
+    CUDA, and for the CPU under the interpreter."""
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif a.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    else:  # torch has no such product on the CPU
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+
+
+def _vendor(x: torch.Tensor, p: Product) -> None:
+    wt, y = p.weight.t(), p.y
+    if p.scale is not None:  # applied to sums that are not rounded
+        y = p.y.new_empty(p.y.shape, dtype=acc_dtype(x.dtype))
+    bias = p.bias if y is p.y and y.dtype == x.dtype else None  # in a GEMM's own epilogue
+    if p.tail is not None:
+        s, tt = p.tail[0], p.tail[1].t()
+        vendor_mm(s, tt, y) if bias is None else torch.addmm(bias, s, tt, out=y)
+        vendor_mm(x, wt, y, 1.0)
+    else:
+        vendor_mm(x, wt, y) if bias is None else torch.addmm(bias, x, wt, out=y)
+    if p.scale is not None:
+        torch.mul(y, p.scale, out=p.y) if p.bias is None else torch.addcmul(p.bias, y, p.scale, out=p.y)
+    elif p.bias is not None and bias is None:
+        y.add_(p.bias)
+
+
+# --- launchers ---------------------------------------------------------------------------------------------------
+
+
 def linear_out(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, isa: str = "auto", *,
-    tail: tuple[torch.Tensor, torch.Tensor] | None = None, scale: torch.Tensor | None = None,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, isa: str = "auto",
+    numerics: str = "auto", *, tail: tuple[torch.Tensor, torch.Tensor] | None = None, scale: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes y = scale (x W^T + s t^T) + bias; no checks, no autograd. The decoder, the loss and lora_linear call this.
 
@@ -74,11 +201,16 @@ def linear_out(
     the weight is a range of columns of y); bias (N,) and scale (N,) contiguous. y has x's dtype or the accumulate dtype (bf16 x
     and fp32 y: unrounded logits), scale the accumulate dtype, everything else x's.
     """
-    linear_group_out(x, [Product(weight, bias, y, tail, scale)], isa)
+    linear_group_out(x, [Product(weight, bias, y, tail, scale)], isa, numerics)
 
 
-def linear_group_out(x: torch.Tensor, products: Sequence[Product], isa: str = "auto") -> None:
-    """linear_out for each of them, whose y have one dtype: the same bits, in one parallel region over all columns."""
+@torch.no_grad()  # torch's out= refuses a weight that requires a gradient
+def linear_group_out(x: torch.Tensor, products: Sequence[Product], isa: str = "auto", numerics: str = "auto") -> None:
+    """linear_out for each of them, whose y have one dtype: the same bits. On the CPU one parallel region over all columns."""
+    if on_gpu(x):
+        for p in products:
+            (_vendor if numerics == "auto" else _invariant)(x, p)
+        return
     weights = [row_args(p.weight) for p in products]
     native().linear_fwd(*group_args(x, products, weights), *x.shape, threads(), isa)
 
@@ -116,25 +248,20 @@ def as_matrix(x: torch.Tensor) -> torch.Tensor:
 
 # --- operator ----------------------------------------------------------------------------------------------------
 
-torch.library.define("swiftk::linear_fwd", "(Tensor x, Tensor weight, Tensor? bias, str isa) -> Tensor")
+torch.library.define("swiftk::linear_fwd", "(Tensor x, Tensor weight, Tensor? bias, str numerics, str isa) -> Tensor")
 
 
-@torch.library.register_kernel("swiftk::linear_fwd", "cpu")
-def _linear_fwd_cpu(x, weight, bias, isa):
+@torch.library.register_kernel("swiftk::linear_fwd", ("cpu", "cuda"))
+def _linear_fwd(x, weight, bias, numerics, isa):
     x2 = as_matrix(x)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])  # not a view, which autograd would not let be changed in place
     out = y.view(x2.shape[0], weight.shape[0])
-    linear_out(x2, with_rows(weight), None if bias is None else bias.contiguous(), out, isa)
+    linear_out(x2, with_rows(weight), None if bias is None else bias.contiguous(), out, isa, numerics)
     return y
 
 
-@torch.library.register_kernel("swiftk::linear_fwd", "cuda")
-def _linear_fwd_cuda(x, weight, bias, isa):
-    no_cuda_kernel("linear")
-
-
 @torch.library.register_fake("swiftk::linear_fwd")
-def _linear_fwd_fake(x, weight, bias, isa):
+def _linear_fwd_fake(x, weight, bias, numerics, isa):
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
@@ -158,7 +285,7 @@ def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, _bias, _isa = inputs
+    x, weight, _bias, _numerics, _isa = inputs
     # what no gradient needs is not kept: a frozen weight saves no x
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
 
@@ -175,7 +302,7 @@ def _backward(ctx, dy):
         dw = _matmul(dy2.t(), x.reshape(rows, x.shape[-1]))
     if ctx.needs_input_grad[2]:
         db = dy2.sum(0, dtype=acc_dtype(dy.dtype)).to(dy.dtype)
-    return dx, dw, db, None
+    return dx, dw, db, None, None
 
 
 torch.library.register_autograd("swiftk::linear_fwd", _backward, setup_context=_setup_context)
@@ -184,16 +311,26 @@ torch.library.register_autograd("swiftk::linear_fwd", _backward, setup_context=_
 # --- public ------------------------------------------------------------------------------------------------------
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, isa: str = "auto") -> torch.Tensor:
-    """y = x W^T + b, differentiable in x, weight and bias; a row's result depends on that row, weight and bias alone.
+def check_numerics(op: str, numerics: str) -> None:
+    if numerics not in NUMERICS:
+        raise ValueError(f"{op}: numerics has {numerics!r}, wants one of {', '.join(NUMERICS)}")
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, numerics: str = "auto", isa: str = "auto"
+) -> torch.Tensor:
+    """y = x W^T + b, differentiable in x, weight and bias; a row's result depends on that row, weight and bias alone (on CUDA
+    with numerics="invariant").
 
     Args:
         x: (..., K), bf16, fp32 or fp64, any strides; zero rows are allowed.
         weight: (N, K), dtype and device of x.
         bias: (N,), dtype and device of x, or None.
+        numerics: of the forward on CUDA: "auto", the vendor's GEMM, or "invariant", a fixed order over K for any number of
+            rows. The CPU is always invariant.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
-    Returns: (..., N) in x's dtype, contiguous; accumulated in fp32 (fp64 for fp64), rounded once.
-    Raises: ValueError for a wrong shape, dtype, device or isa; NotImplementedError on CUDA (no kernel yet).
+    Returns: (..., N) in x's dtype, contiguous; accumulated in fp32 (fp64 for fp64; "auto" on CUDA: torch), rounded once.
+    Raises: ValueError for a wrong shape, dtype, device, numerics or isa; ImportError for "invariant" on CUDA without Triton.
     """
     check_floating("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     if x.dim() == 0:
@@ -203,5 +340,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     check_shape("linear", "weight", weight, (weight.shape[0], x.shape[-1]), f"x {tuple(x.shape)}")
     if bias is not None:
         check_shape("linear", "bias", bias, (weight.shape[0],), f"weight {tuple(weight.shape)}")
+    check_numerics("linear", numerics)
     check_isa("linear", isa)
-    return torch.ops.swiftk.linear_fwd(x, weight, bias, isa)
+    return torch.ops.swiftk.linear_fwd(x, weight, bias, numerics, isa)

@@ -253,8 +253,8 @@ def test_gradient_of_the_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_and_compile(dtype):
     x, w, b = (t.requires_grad_() for t in make(4, 6, 16, dtype))
-    torch.library.opcheck(torch.ops.swiftk.linear_fwd.default, (x, w, b, "auto"))
-    torch.library.opcheck(torch.ops.swiftk.linear_fwd.default, (x, w.detach(), None, "auto"))
+    torch.library.opcheck(torch.ops.swiftk.linear_fwd.default, (x, w, b, "auto", "auto"))
+    torch.library.opcheck(torch.ops.swiftk.linear_fwd.default, (x, w.detach(), None, "auto", "auto"))
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     grads = [torch.autograd.grad(f(x, w, b).square().sum(), (x, w, b)) for f in (compiled, linear)]
     assert torch.equal(compiled(x, w, b), linear(x, w, b))

@@ -6,9 +6,11 @@ import contextlib
 from collections.abc import Callable
 from unittest import mock
 
+import numpy as np
 import torch
 
 from swiftk.kernels import _checks, _native
+from swiftk.kernels._triton import INTERPRETED
 
 
 @contextlib.contextmanager
@@ -16,6 +18,23 @@ def operators_take(dtype: torch.dtype):
     """The public functions accept `dtype` too: fp16, which the interpreter rounds to as a GPU does, is refused by them."""
     with mock.patch.dict(_native.DTYPE_CODES, {dtype: _native.DTYPE_CODES.get(dtype, -1)}):
         assert _checks.DTYPE_CODES is _native.DTYPE_CODES
+        yield
+
+
+@contextlib.contextmanager
+def dots_like_a_gpus():
+    """Under the interpreter, an element of tl.dot is a function of its row and column alone, as a tensor core's is. numpy's
+    depends on the shape of the tile and on the place in it; summed in fp64 and rounded, it does not."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def dot(self, a, b, d, *_):
+        exact = a.data.astype(np.float64) @ b.data.astype(np.float64) + d.data
+        return TensorHandle(exact.astype(d.data.dtype), d.dtype.scalar)
+
+    with mock.patch.object(InterpreterBuilder, "create_dot", dot):
         yield
 
 
