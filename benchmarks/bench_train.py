@@ -2,7 +2,8 @@
 
     forward + loss, backward, gradient norm and clip, fused AdamW, gradients set to None
 
-Two kinds of rows: lengths as they are in a data set, where the peer pads, and equal lengths of 256, which need no padding.
+Two kinds of rows: lengths as they are in a data set, where the peer pads, and equal lengths of 256 (on a GPU two of 2048),
+which need no padding. The model has 29 M parameters, on a GPU the shape of Llama 3.1 8B with random weights.
 Loss and gradient norm of both are compared before anything is timed. The steps of ours, ours again (the self-pair: the noise
 floor), the peer and the matmul floor are interleaved batch by batch, their order reversed in every second round.
 The matmul floor is torch.matmul's time for the step's products on the real tokens: of each linear y = x W^T and dx = dy W, in
@@ -45,9 +46,9 @@ from swiftk.benchmarks.step import (
     warm_up,
 )
 from swiftk.config import DataConfig, TunerConfig
-from swiftk.kernels._native import native
 from swiftk.model import ModelConfig
 from swiftk.model.adapter import linear_shapes
+from swiftk.model.compute import compute_dtype
 from swiftk.trainer.data import load_dataset
 from swiftk.trainer.packing import Batch
 from swiftk.trainer.rows import read_rows
@@ -57,12 +58,17 @@ Save = Callable[[str, dict[str, Any]], Any]  # name, what to keep
 
 CHECKED = (40, 90, 64)  # rows on which values are compared, enough for that
 FEW = (8, 8)  # rows of a step after which the optimizer has its state
-EQUAL = 256  # tokens of the rows that need no padding
+EQUAL, EQUAL_GPU = 256, 2048  # tokens of the rows that need no padding: 8 of them, on a GPU 2
 GSM8K = Path(__file__).with_name("gsm8k_lengths.json")
 SMALL = ModelConfig(
     model_type="qwen3", vocab_size=8192, hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
     num_attention_heads=8, num_key_value_heads=4, head_dim=64, max_position_embeddings=4096, rope_theta=1e6,
     tie_word_embeddings=True, qk_norm=True,
+)  # fmt: skip
+EIGHT_B = ModelConfig(  # Llama 3.1 8B
+    model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192, rope_theta=5e5,
+    tie_word_embeddings=False,
 )  # fmt: skip
 
 
@@ -117,19 +123,22 @@ def products(setting: Setting) -> list[tuple[tuple[int, int], int]]:
 def matmul_floor(setting: Setting) -> Callable[[Batch], float]:
     """The returned function gives the seconds that the products of one step on the batch take."""
     todo = products(setting)
-    weights = {shape: torch.randn(shape).to(setting.dtype) for shape, _ in todo}
+    weights = {shape: torch.randn(shape, device=setting.device).to(setting.dtype) for shape, _ in todo}
+    wait = torch.cuda.synchronize if setting.device == "cuda" else lambda: None
 
     def run(batch: Batch) -> float:
         tokens, seconds = len(batch.input_ids), 0.0
-        x = {n: torch.randn(tokens, n).to(setting.dtype) for shape in weights for n in shape}
+        x = {n: torch.randn(tokens, n, device=setting.device).to(setting.dtype) for shape in weights for n in shape}
         for shape, count in todo:
             weight, inputs, gradient = weights[shape], x[shape[1]], x[shape[0]]
+            wait()
             start = time.perf_counter()
             inputs @ weight.T
             if count > 1:
                 gradient @ weight
             if count > 2:
                 gradient.T @ inputs
+            wait()
             seconds += time.perf_counter() - start
         return seconds
 
@@ -148,7 +157,7 @@ def peak_mib(name: str, setting: Setting) -> float | None:
         for batch in make_batches(replace(setting, lengths=(FEW, setting.lengths[0]))):
             candidate.step(batch)
 
-    return peak_extra_mib(run)
+    return peak_extra_mib(run, setting.device)
 
 
 Timed = dict[str, Callable[[Batch], Any]]
@@ -176,6 +185,8 @@ def measure(rows: str, setting: Setting, timed: Timed, *, memory: bool) -> dict[
         for candidate in order:
             start = time.perf_counter()
             candidates[candidate](batch)
+            if setting.device == "cuda":
+                torch.cuda.synchronize()
             seconds[candidate].append(time.perf_counter() - start)
         seconds["floor"].append(timed["floor"](batch))
     tokens = [len(b.input_ids) for b in batches]
@@ -221,17 +232,14 @@ def show(r: dict[str, Any]) -> str:
 
 
 def step_dtype(options: Options) -> torch.dtype:
-    """The one of --dtypes, or bf16 where the CPU multiplies it, else fp32."""
-    if options.dtypes:
-        return getattr(torch, options.dtypes[0])
-    isa = native().best_isa() if options.isa == "auto" else options.isa
-    return torch.bfloat16 if isa == "avx512" else torch.float32
+    """The one of --dtypes, or bf16 on a GPU and where the CPU multiplies it, else fp32."""
+    return compute_dtype(options.dtypes[0] if options.dtypes else None, options.isa, torch.device(options.device))
 
 
 def run(options: Options, arguments: list[str], save: Save | None = None) -> list[dict[str, Any]]:
     """Measures and prints; `save`, with a name and what to keep, is called after each tuner."""
     parser = argparse.ArgumentParser(prog="python -m swiftk.bench train", allow_abbrev=False)
-    parser.add_argument("--tuner", nargs="+", choices=TUNERS, default=list(TUNERS), help="default: all")
+    parser.add_argument("--tuner", nargs="+", choices=TUNERS, help="default: all; on a GPU lora and qlora")
     parser.add_argument("--lengths", type=Path, default=GSM8K, metavar="FILE", help="tokens per row, or rows whose tokens are "
                         "counted; default: those of GSM8K's training split, benchmarks/gsm8k_lengths.json")  # fmt: skip
     parser.add_argument("--steps", type=int, default=1 if options.quick else 3, help="batches per kind of rows")
@@ -240,29 +248,33 @@ def run(options: Options, arguments: list[str], save: Save | None = None) -> lis
     parser.add_argument(
         "--recompute", choices=["none", "selective", "full"], default="selective", help="ours; the peer keeps all"
     )
+    parser.add_argument(
+        "--peer_checkpointing", action="store_true", help="the peer computes its blocks again, as ours with --recompute full"
+    )
     parser.add_argument("--no-memory", action="store_true", help="do not start the processes that measure peak memory")
     args = parser.parse_args(arguments)
-    if options.device != "cpu":
-        parser.error(f"--device has {options.device}, wants cpu: training has no CUDA kernels yet")
     if len(options.dtypes) > 1 or "float64" in options.dtypes:
         parser.error(f"--dtypes has {' '.join(options.dtypes)}, wants float32 or bfloat16")
     for name in ("steps", "rows"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} has {getattr(args, name)}, wants at least 1")
-    config = QUICK if options.quick else SMALL
+    gpu = options.device == "cuda"
+    config = QUICK if options.quick else EIGHT_B if gpu else SMALL
     longest = 32 if options.quick else config.max_position_embeddings
-    equal = ((min(EQUAL, longest),) * args.rows,) * args.steps
+    equal_tokens = min(EQUAL_GPU if gpu else EQUAL, longest)
+    equal = ((equal_tokens,) * (2 if gpu else args.rows),) * args.steps
     drawn = draw(read_lengths(args.lengths, config.vocab_size), args.steps, args.rows, longest)
-    kinds = {args.lengths.name: drawn, f"rows of {EQUAL}": equal}
+    kinds = {args.lengths.name: drawn, f"rows of {equal_tokens}": equal}
     everything = []
-    for tuner in args.tuner:
+    for tuner in args.tuner or (("lora", "qlora") if gpu else TUNERS):
         missing = missing_packages(tuner)
         against = options.wants("transformers") and not missing
         if missing and options.wants("transformers"):
             print(f"{', '.join(missing)} not installed: {tuner} of ours alone")
         setting = Setting(
-            config, tuner, step_dtype(options), options.isa, args.recompute, torch.get_num_threads(), equal, args.dropout
-        )
+            config, tuner, step_dtype(options), options.isa, args.recompute, torch.get_num_threads(), equal, args.dropout,
+            peer_checkpointing=args.peer_checkpointing, device=options.device, drawn_there=gpu,
+        )  # fmt: skip
         timed = candidates_of(setting, against)
         records = []
         for name, lengths in kinds.items():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import multiprocessing
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,7 @@ from swiftk.model import Model, ModelConfig
 from swiftk.model.adapter import is_adapter, resolve
 from swiftk.model.parameters import initial_value, param_specs
 from swiftk.parallel.mesh import Mesh
+from swiftk.parallel.spec import ParamSpec
 from swiftk.trainer.data import Dataset
 from swiftk.trainer.loss import token_loss
 from swiftk.trainer.optimizer import build_optimizer, clip_gradients_, gradient_norm, set_learning_rate
@@ -59,6 +61,18 @@ class Setting:
     lengths: tuple[tuple[int, ...], ...]  # of the rows of each batch
     dropout: float = 0.0  # of the adapters' inputs
     peer_checkpointing: bool = False  # the peer computes each block again in the backward
+    device: str = "cpu"
+    drawn_there: bool = False  # weights from the device's generator: numpy would take minutes for 8e9 of them
+
+
+def first_value(spec: ParamSpec, setting: Setting) -> torch.Tensor:
+    """Of a parameter that is no adapter's, on the device: the same one for ours and the peer."""
+    std = setting.config.initializer_range
+    if not setting.drawn_there or len(spec.shape) == 1:
+        return initial_value(spec, SEED, std).to(setting.device)
+    generator = torch.Generator(setting.device).manual_seed(zlib.crc32(spec.name.encode()))
+    value = torch.empty(spec.shape, dtype=setting.dtype, device=setting.device)
+    return value.normal_(0.0, std, generator=generator)
 
 
 def missing_packages(tuner: str) -> list[str]:
@@ -80,7 +94,7 @@ def make_batches(setting: Setting) -> list[Batch]:
     batches = []
     for lengths in setting.lengths:
         rows = [Encoded(random.integers(0, setting.config.vocab_size, n).astype(np.int32), np.ones(n, bool)) for n in lengths]
-        batches.append(collate(Dataset(rows, {}), [tuple(range(len(rows)))]))
+        batches.append(collate(Dataset(rows, {}), [tuple(range(len(rows)))]).to(torch.device(setting.device)))
     return batches
 
 
@@ -94,15 +108,32 @@ class Candidate:
     optimizer: torch.optim.Optimizer
 
 
+@torch.no_grad()
+def our_model(setting: Setting) -> Model:
+    options: dict[str, Any] = {
+        "compute_dtype": setting.dtype, "isa": setting.isa, "recompute": setting.recompute, "tuner": tuner_config(setting),
+    }  # fmt: skip
+    if not setting.drawn_there:
+        return Model(setting.config, Mesh.single(), seed=SEED, **options).to(setting.device)
+    with torch.device(setting.device):  # where its empty tensors are made
+        model = Model(setting.config, Mesh.single(), seed=None, **options)
+    model.to(setting.device)  # the adapters, which are drawn
+    params, leaves = dict(model.named_parameters()), model.linears()
+    for name, spec in model.specs.items():
+        module = name.removesuffix(".weight")
+        if module in model.tuning.quantised:
+            leaves[module].set_nf4(nf4_quantize(first_value(spec, setting)))
+        elif not is_adapter(name):
+            params[name].copy_(first_value(spec, setting))
+    return model
+
+
 def ours(setting: Setting) -> Candidate:
-    model = Model(
-        setting.config, Mesh.single(), compute_dtype=setting.dtype, seed=SEED, isa=setting.isa, recompute=setting.recompute,
-        tuner=tuner_config(setting),
-    )  # fmt: skip
+    model = our_model(setting)
     params = dict(model.named_parameters())
     optimizer = build_optimizer(params, OPTIM)
     set_learning_rate(optimizer, RATE)
-    seed_step = torch.tensor([SEED, 0])
+    seed_step = torch.tensor([SEED, 0], device=setting.device)
 
     def step(batch: Batch) -> tuple[float, float]:
         trained = batch.num_loss_tokens
@@ -141,7 +172,7 @@ def linear_4bit(weight: torch.Tensor, dtype: torch.dtype) -> torch.nn.Module:
     )
     state = nf4_to_bitsandbytes(nf4_quantize(weight), weight.dtype)
     codes = state.pop("weight")
-    layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(codes, state, device="cpu", module=layer)
+    layer.weight = bitsandbytes.nn.Params4bit.from_prequantized(codes, state, device=weight.device, module=layer)
     return layer
 
 
@@ -166,7 +197,7 @@ def peer_model(setting: Setting) -> Any:
         if is_adapter(name):
             continue
         module, kind = name.rsplit(".", 1)
-        value = initial_value(spec, SEED, setting.config.initializer_range).to(dtype)
+        value = first_value(spec, setting).to(dtype)
         if module in tuning.quantised:
             model.set_submodule(module, linear_4bit(value, dtype))
         else:
@@ -187,7 +218,7 @@ def peer_model(setting: Setting) -> Any:
             if is_adapter(name):
                 params[peer_name(name)].data.copy_(initial_value(spec, 0, setting.config.initializer_range))
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a tensor of the peer without a value"
-    return model.train()
+    return model.to(setting.device).train()
 
 
 def peer(setting: Setting) -> Candidate:
@@ -199,7 +230,7 @@ def peer(setting: Setting) -> Candidate:
     )  # fmt: skip
 
     def step(batch: Batch) -> tuple[float, float]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
+        with torch.autocast(setting.device, torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
             loss = model(**padded(batch)).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(params, OPTIM.max_grad_norm)
@@ -228,7 +259,7 @@ def check_values(setting: Setting, batch: Batch) -> None:
     with torch.no_grad():
         for name, p in mine.model.named_parameters():
             if name.endswith(".lora_B"):  # zero at first, which hides A
-                p.normal_(0.0, 0.05, generator=torch.Generator().manual_seed(len(name)))
+                p.copy_(torch.empty(p.shape).normal_(0.0, 0.05, generator=torch.Generator().manual_seed(len(name))))
                 found[peer_name(name)].copy_(p)
     bound = 0.02 if setting.dtype == torch.bfloat16 else 0.003 if setting.tuner == "qlora" else 1e-4
     for what, a, b in zip(("loss", "gradient norm"), mine.step(batch), theirs.step(batch), strict=True):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib
 import json
 import subprocess
@@ -46,6 +47,13 @@ def save(name: str, options: Options, payload: dict[str, Any]) -> Path:
     head = {"date": datetime.date.today().isoformat(), "commit": commit(), "environment": environment(options)}
     path.write_text(json.dumps(head | payload, indent=1) + "\n")
     return path
+
+
+def saved(name: str, options: Options) -> dict[str, Any] | None:
+    """The JSON of that name, if it is of this commit, and nothing has been changed since."""
+    path = RESULTS / machine_name(options.device) / f"{name}.json"
+    found = json.loads(path.read_text()) if path.is_file() else None
+    return found if found is not None and found["commit"] == commit() else None
 
 
 def run_kernels(options: Options, only: list[str], keep: bool, plot: Path | None) -> int:
@@ -92,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/<machine>/")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart of the ratios (png, svg, pdf)")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two saved results")
-    parser.add_argument("--parts", nargs="*", default=[], help="of `gpu`: build, test, bench-<op>")
+    parser.add_argument("--parts", nargs="*", default=[], help="of `gpu`: build, test, sanitize, train, decode, bench-<op>")
     parser.add_argument("--quick", action="store_true", help="smallest shapes, one run: tests the benchmark, not the speed")
     args, rest = parser.parse_known_args(argv)
     if rest and args.what not in ("train", "memory", "decode"):
@@ -106,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.what == "gpu":
         on_gpu = Options(isa=args.isa, device="cuda")
-        return gpu.run(args.parts, kernel_names(), lambda name, payload: save(name, on_gpu, payload), ROOT)
+        known = functools.partial(saved, options=on_gpu)
+        return gpu.run(args.parts, kernel_names(), lambda name, payload: save(name, on_gpu, payload), known, ROOT)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device has cuda, but torch sees no CUDA device; wants cpu, or a CUDA build of torch and its driver")
     if args.threads:

@@ -31,6 +31,13 @@ def test_ours_and_the_peer_take_the_same_step(tuner):
         step.check_values(unequal, dataclasses.replace(batch, labels=halved))
 
 
+@pytest.mark.parametrize("tuner", step.TUNERS)
+def test_weights_drawn_on_the_device_are_the_same_for_both(tuner):
+    there = dataclasses.replace(setting(tuner, (9, 30)), drawn_there=True)
+    step.check_values(there, step.make_batches(there)[0])
+    assert not torch.equal(step.our_model(there).head_base, step.our_model(setting(tuner)).head_base)
+
+
 def test_another_scale_of_the_adapters_is_noticed(monkeypatch):
     one = setting("lora", (9, 30))
     config = step.tuner_config(one)
@@ -64,7 +71,7 @@ def test_a_quick_run_reports_every_step_and_kind_of_rows(capsys, tmp_path):
     kept = {}
     arguments = ["--no-memory", "--rows", "2", "--lengths", str(tmp_path / "rows.txt")]
     records = bench_train.run(Options(quick=True, peers=frozenset()), arguments, kept.__setitem__)
-    kinds = ["rows.txt", "rows of 256"]
+    kinds = ["rows.txt", "rows of 32"]
     assert [(r["tuner"], r["rows"]) for r in records] == [(tuner, rows) for tuner in step.TUNERS for rows in kinds]
     assert list(kept) == [f"train-{tuner}" for tuner in step.TUNERS] and json.dumps(kept)
     for record in records:

@@ -1,0 +1,76 @@
+"""What `make gpu` does with its parts; the parts themselves need a GPU."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from swiftk.benchmarks import gpu
+
+KERNELS = ["linear", "nf4", "rms_norm", "varlen"]
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """One with a GPU, whose parts take `seconds` each and end with `codes`."""
+    state = {"ran": [], "saved": {}, "codes": {}, "seconds": 1.0, "clock": 0.0}
+
+    def run_part(part, root):
+        state["ran"].append(part)
+        state["clock"] += state["seconds"]
+        return {"part": part, "exit": state["codes"].get(part, 0), "seconds": state["seconds"], "output": []}
+
+    monkeypatch.setattr(gpu, "run_part", run_part)
+    monkeypatch.setattr(gpu, "device_facts", lambda: {"device": "made up"})
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: state["clock"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return state
+
+
+def start(state, *wanted):
+    return gpu.run(list(wanted), KERNELS, state["saved"].__setitem__, state["saved"].get, None)
+
+
+def test_all_parts_in_order_and_again_from_where_it_stopped(machine, capsys):
+    machine["seconds"] = 100.0
+    assert start(machine) == 0
+    assert machine["ran"] == ["build", "test", "sanitize", "train"]  # 400 s: the next could end after nine minutes
+    assert "stopped before decode" in capsys.readouterr().out
+    assert machine["saved"]["gpu-build"]["device"] == "made up"
+    machine["codes"]["bench-varlen"] = 1
+    machine["clock"] = 0.0
+    machine["seconds"] = 1.0
+    assert start(machine) == 1
+    assert machine["ran"][4:] == ["decode", "bench-varlen", "bench-nf4", "bench-linear", "bench-rms_norm"]
+    assert "failed: bench-varlen" in capsys.readouterr().err
+    machine["codes"].clear()
+    assert start(machine) == 0 and machine["ran"][9:] == ["bench-varlen"]  # what failed is done again
+
+
+def test_one_part_is_done_again_when_named(machine):
+    assert start(machine, "test") == 0 and start(machine, "test") == 0
+    assert machine["ran"] == ["test", "test"]
+
+
+def test_errors(monkeypatch):
+    with pytest.raises(SystemExit, match=r"make gpu: PART has 'tset', wants one of build, test, sanitize"):
+        gpu.run(["tset"], KERNELS, None, None, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="torch sees no CUDA device"):
+        gpu.run([], KERNELS, None, None, None)
+
+
+def test_a_part_that_takes_too_long_or_cannot_start_is_a_failure(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "PART_SECONDS", 0.5)
+    monkeypatch.setattr(gpu, "command", lambda part: [sys.executable, "-u", "-c", "print('begun'); import time; time.sleep(9)"])
+    found = gpu.run_part("test", tmp_path)
+    assert found["exit"] == 124 and found["output"] == ["begun"]
+    monkeypatch.setattr(gpu, "command", lambda part: [str(tmp_path / "missing")])
+    assert gpu.run_part("test", tmp_path)["exit"] == 127
+
+
+def test_every_part_has_a_command():
+    for part in gpu.parts(KERNELS):
+        assert all(isinstance(word, str) for word in gpu.command(part))
