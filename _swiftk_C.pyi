@@ -23,6 +23,14 @@ def linear_fwd(
     dtype: int, acc_out: bool, x: tuple[int, int], weights: Sequence[tuple[int, int]], products: Sequence[_Product], M: int,
     K: int, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
+def nf4_dequantize_as_on_gpu(
+    codes: int, ld_codes: int, scales: tuple[int, int, int, int, int, int], rows: int, cols: int, blocksize: int, wide: bool,
+    out: int, ld_out: int,
+) -> None: ...  # fmt: skip
+def nf4_quantize_as_on_gpu(
+    dtype: int, x: int, ldx: int, rows: int, cols: int, blocksize: int, codes: int, narrow: bool, absmax: int,
+) -> int: ...  # fmt: skip
+def nf4_decode_as_on_gpu(codes: int, words: int, absmax: float, out: int) -> None: ...
 def nf4_linear_fwd(
     dtype: int, acc_out: bool, x: tuple[int, int], weights: Sequence[tuple[tuple[int, int], tuple[int, int], bool, int]],
     products: Sequence[_Product], M: int, K: int, threads: int, isa: str,

@@ -1,4 +1,5 @@
-"""Build of swiftk: the Python packages and `_swiftk_C`, the C++ kernels.
+"""Build of swiftk: the Python packages, `_swiftk_C`, the C++ kernels, and on a machine with an NVIDIA driver and nvcc
+`_swiftk_cuda`, the CUDA ones (SWIFTK_CUDA=1: wherever nvcc is; SWIFTK_CUDA=0: nowhere).
 
 `kernels/`, `parallel/`, `trainer/` and `benchmarks/` stand beside `swiftk/` on disk and are its subpackages by name;
 `package_dir` is the truth for wheels and sdists, the committed links `swiftk/kernels -> ../kernels` for the source tree.
@@ -9,6 +10,7 @@ The C++ build is driven by ninja (incremental, header dependencies tracked), inc
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -29,6 +31,29 @@ CXX_FLAGS = [
 EMULATE = os.environ.get("SWIFTK_EMULATE_AVX512", "0") == "1"
 EMULATE_FLAGS = ["-DSWIFTK_EMULATE_AVX512", "-mavx2", "-mfma", "-mbmi2", "-O1", "-fno-tree-sra"]  # GCC 12 crashes
 LINK_FLAGS = ["-shared", "-fopenmp"]
+# cudart is linked in: the module loads on a machine without a driver, and beside any torch
+NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"]
+CUDA_ARCHS = "80 90 100"
+BINDINGS_CUDA = "csrc/bindings_cuda.cpp"
+
+
+def wants_cuda() -> bool:
+    wanted = os.environ.get("SWIFTK_CUDA", "auto")
+    if wanted not in ("0", "1", "auto"):
+        raise SystemExit(f"swiftk: SWIFTK_CUDA has {wanted!r}, wants 0, 1 or nothing (nvcc and a driver decide)")
+    if wanted == "1" and shutil.which("nvcc") is None:
+        raise SystemExit("swiftk: SWIFTK_CUDA=1 wants nvcc in PATH (the CUDA toolkit, 12.8 or newer); there is none")
+    driver = any(Path(p).exists() for p in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
+    return wanted == "1" or (wanted == "auto" and driver and shutil.which("nvcc") is not None)
+
+
+def cuda_archs() -> list[str]:
+    """-gencode for each chip that is asked for, and PTX of the newest one for those to come."""
+    archs = sorted(os.environ.get("SWIFTK_CUDA_ARCHS", CUDA_ARCHS).split(), key=int)
+    if not archs or int(archs[0]) < 80:
+        raise SystemExit(f"swiftk: SWIFTK_CUDA_ARCHS has {' '.join(archs)!r}, wants capabilities from 80, as in {CUDA_ARCHS!r}")
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    return [*codes, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
 
 
 def ninja_path(path) -> str:
@@ -41,12 +66,16 @@ def compile_time(source) -> int:
     return len(text) + sum((ROOT / "csrc" / body).stat().st_size for body in re.findall(r'"(\S+\.inc)"', text))
 
 
+def sources(pattern: str) -> list[str]:
+    return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob(pattern))
+
+
 def shell_quote(path) -> str:
     return '"' + str(path) + '"'
 
 
 class NinjaBuild(build_ext):
-    """Writes one build.ninja for the extension and runs it: `python setup.py build_ext` and pip both come here."""
+    """Writes a ninja file for the extension and runs it: `python setup.py build_ext` and pip both come here."""
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -66,15 +95,26 @@ class NinjaBuild(build_ext):
             "  depfile = $out.d\n  deps = gcc\n  description = CXX $in",
             f"rule link\n  command = $cxx $in -o $out {' '.join(LINK_FLAGS)}\n  description = LINK $out",
         ]
+        link = "link"
+        if any(source.endswith(".cu") for source in ext.sources):
+            nvcc, link = " ".join(["nvcc", *NVCC_FLAGS, *cuda_archs(), f"-I{shell_quote(ROOT / 'csrc')}"]), "link_cuda"
+            lines += [
+                f"nvcc = {nvcc.replace('$', '$$')}",
+                "rule cu\n  command = $nvcc -MMD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d\n  deps = gcc\n  description = NVCC $in",
+                "rule link_cuda\n  command = nvcc -shared -cudart=static $in -o $out\n  description = LINK $out",
+            ]
         objects = []
         for source in sorted(ext.sources, key=compile_time, reverse=True):  # none is left to wait for
             obj = Path(source).with_suffix(".o").as_posix().replace("/", "_")
-            lines.append(f"build {ninja_path(obj)}: cc {ninja_path(ROOT / source)}")
+            rule = "cu" if source.endswith(".cu") else "cc"
+            lines.append(f"build {ninja_path(obj)}: {rule} {ninja_path(ROOT / source)}")
             objects.append(obj)
-        lines.append(f"build {ninja_path(ext.name)}.so: link {' '.join(map(ninja_path, objects))}")
+        lines.append(f"build {ninja_path(ext.name)}.so: {link} {' '.join(map(ninja_path, objects))}")
         lines.append(f"default {ninja_path(ext.name)}.so")
-        (work / "build.ninja").write_text("\n".join(lines) + "\n")
-        subprocess.check_call([sys.executable, "-m", "ninja", "-C", str(work)])
+        file = f"{ext.name}.ninja"
+        (work / file).write_text("\n".join(lines) + "\n")
+        subprocess.check_call([sys.executable, "-m", "ninja", "-C", str(work), "-f", file])
         target.unlink(missing_ok=True)  # a running process keeps its old mapping
         target.write_bytes((work / f"{ext.name}.so").read_bytes())
 
@@ -93,6 +133,9 @@ setup(
         "swiftk.benchmarks": "benchmarks",
     },
     package_data={"swiftk": ["py.typed", "*.yaml"]},
-    ext_modules=[Extension("_swiftk_C", sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("**/*.cpp")))],
+    ext_modules=[
+        Extension("_swiftk_C", [p for p in sources("**/*.cpp") if p != BINDINGS_CUDA]),
+        *([Extension("_swiftk_cuda", [BINDINGS_CUDA, *sources("cuda/*.cu")])] if wants_cuda() else []),
+    ],
     cmdclass={"build_ext": NinjaBuild},
 )

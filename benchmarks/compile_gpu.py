@@ -12,6 +12,7 @@ import argparse
 import importlib
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ARCHS = (80, 90, 100)
+ROOT = Path(__file__).resolve().parent.parent
+NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false"]  # as in setup.py
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block can have (CUDA C++ programming guide, technical data)
 
 
@@ -96,6 +99,30 @@ def compile_triton(one: Any, arch: int) -> Compiled:
     )
 
 
+def cuda_sources() -> list[Path]:
+    """csrc/cuda/*.cu; none in an installation without the source tree."""
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def compile_cuda(source: Path, arch: int) -> list[Compiled]:
+    """Each kernel of a CUDA source. What it asks for at launch beyond its static shared memory is checked where it is launched.
+    A stack frame counts as spilled: an array that is indexed at run time lies in memory too."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", *NVCC_FLAGS, "-cubin", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "-o", f"{folder}/out"]
+        built = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    said = subprocess.run(["c++filt"], input=built.stderr, check=True, capture_output=True, text=True).stdout
+    found = []
+    for part in said.split("Compiling entry function ")[1:]:
+        name = part.split("'")[1].removeprefix("void ").replace("swiftk::gpu::", "").split("(")[0]
+        registers, spills = _ptxas_says(part)
+        stack = re.search(r"(\d+) bytes stack frame", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        spills = max(spills, int(stack[1]) if stack else 0)
+        found.append(Compiled(name, arch, 0, registers, int(shared[1]) if shared else 0, spills, 0, False, False))
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m swiftk.bench compile-gpu", description=__doc__, allow_abbrev=False)
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
@@ -115,6 +142,15 @@ def main(argv: list[str] | None = None) -> int:
         for arch in args.arch:
             if arch in one.archs:
                 found = compile_triton(one, arch)
+                print(found.row(), flush=True)
+                failed += [line] if (line := found.wrong()) else []
+    sources = [s for s in cuda_sources() if not args.only or s.stem.startswith(tuple(args.only))]
+    if sources and shutil.which("nvcc") is None:
+        print(f"compile-gpu: nvcc is not in PATH, {len(sources)} CUDA sources are not compiled", file=sys.stderr)
+        sources = []
+    for source in sources:
+        for arch in args.arch:
+            for found in compile_cuda(source, arch):
                 print(found.row(), flush=True)
                 failed += [line] if (line := found.wrong()) else []
     for line in failed:

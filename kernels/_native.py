@@ -1,14 +1,16 @@
-"""Finds `_swiftk_C`, the compiled kernels, and translates tensors to what it takes: addresses, sizes, a dtype code.
+"""Finds `_swiftk_C` and `_swiftk_cuda`, the compiled kernels, and translates tensors to what they take: addresses, sizes, a
+dtype code, a stream.
 
-`_swiftk_C` includes no torch header, so one build serves every torch. It is looked up on the first native call, not at
-import: a missing build is one error that says what to run, and never a slower path.
+They include no torch header, so one build serves every torch. They are looked up on the first native call, not at import: a
+missing build is one error that says what to run, and never a slower path.
 """
 
 from __future__ import annotations
 
 import functools
 import types
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 
@@ -33,6 +35,29 @@ def native() -> types.ModuleType:
             "rebuild it with `make build`, or `pip install -e .` in the source tree"
         )
     return _swiftk_C
+
+
+@functools.cache
+def native_cuda() -> types.ModuleType:
+    """The module `_swiftk_cuda`; ImportError with the next step where it is missing or of another version."""
+    build = "build it, with nvcc: `SWIFTK_CUDA=1 python setup.py build_ext --inplace`, or `SWIFTK_CUDA=1 pip install -e .`"
+    try:
+        import _swiftk_cuda
+    except ImportError as error:
+        raise ImportError(f"swiftk: there is no GPU build, _swiftk_cuda cannot be imported ({error}); {build}") from error
+    if _swiftk_cuda.__version__ != VERSION:
+        raise ImportError(f"swiftk: _swiftk_cuda has version {_swiftk_cuda.__version__}, wants {VERSION}; {build}")
+    return _swiftk_cuda
+
+
+def on_stream(f: Callable[..., None], device: torch.device, *args: Any) -> None:
+    """f(*args, stream): a launch of `native_cuda()` on the current stream of device."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if device.index == torch.cuda.current_device():
+        f(*args, stream)
+        return
+    with torch.cuda.device(device):
+        f(*args, stream)
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

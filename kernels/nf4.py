@@ -24,7 +24,10 @@ implementation reproduces it byte for byte, and tests/kernels/nf4_golden.json wa
 bitsandbytes differs where its own implementations differ from each other: an all-zero block has code 0 (-0.0) on its CUDA
 path (such codes are kept as they are), codes within a few ulp of a threshold, the map's last bits.
 Bytes per element: 0.5 + 2 / blocksize (bf16 absmax), 0.5 + 4 / blocksize (fp32), 0.5 + 1 / blocksize + 4 / (256 blocksize)
-(nested); dequantise writes 2. Not supported: fp4, fp16, blocks that run across rows, a CUDA kernel (not there yet).
+(nested); dequantise writes 2. Not supported: fp4, fp16, blocks that run across rows.
+
+On CUDA (csrc/cuda/nf4.cu, C++: a look-up by Triton is bound by its instructions) the bytes are the same: the arithmetic is
+csrc/cuda/nf4_arith.h, which the tests also run on the CPU. A nested absmax is decoded as it is read by `nf4_dequantize_out`.
 """
 
 from __future__ import annotations
@@ -33,12 +36,12 @@ import functools
 import json
 import math
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape
-from swiftk.kernels._native import DTYPE_CODES, native, no_cuda_kernel, threads
+from swiftk.kernels._native import DTYPE_CODES, native, native_cuda, on_stream, threads
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
@@ -181,9 +184,32 @@ def _dequantize_out(codes: torch.Tensor, absmax: torch.Tensor, blocksize: int, o
     )  # fmt: skip
 
 
+def scale_args(w: NF4Tensor) -> tuple[tuple[int, int, int, int, int, int], list[torch.Tensor]]:
+    """absmax as the CUDA kernels take it: kind, address, row stride, and what decodes a nested one; and the tensors whose
+    memory that is."""
+    if w.nested is None:
+        absmax = _rows(w.absmax)
+        return (int(absmax.dtype == torch.float32), absmax.data_ptr(), absmax.stride(0), 0, 0, 0), [absmax]
+    codes, *nested = (t.contiguous() for t in (w.absmax, *w.nested))
+    return (2, codes.data_ptr(), codes.shape[-1], *(t.data_ptr() for t in nested)), [codes, *nested]  # type: ignore[return-value]
+
+
+def _dequantize_on_cuda(w: NF4Tensor, out: torch.Tensor) -> None:
+    scales, alive = scale_args(w)
+    codes, out = _rows(w.codes), out.view(math.prod(out.shape[:-1]), out.shape[-1])
+    on_stream(
+        native_cuda().nf4_dequantize, out.device, codes.data_ptr(), codes.stride(0), scales, *out.shape, w.blocksize,
+        out.dtype == torch.float32, out.data_ptr(), out.stride(0),
+    )  # fmt: skip
+    del alive  # until here
+
+
 def nf4_dequantize_out(w: NF4Tensor, out: torch.Tensor, isa: str = "auto") -> None:
-    """Writes out, bf16 or fp32, shape (..., N, K), any row stride; no checks, no autograd. Outputs of more than 4 MiB go past
-    the caches."""
+    """Writes out, bf16 or fp32, shape (..., N, K), any row stride; no checks, no autograd. On a CPU outputs of more than 4 MiB
+    go past the caches."""
+    if out.is_cuda:
+        _dequantize_on_cuda(w, out)
+        return
     _dequantize_out(w.codes, w.absmax if w.nested is None else w.absmax_fp32(), w.blocksize, out, isa)
 
 
@@ -198,6 +224,16 @@ torch.library.define(
 )
 
 
+def _refuse_block(weight: torch.Tensor, blocksize: int, bad: int) -> NoReturn:
+    row, block = divmod(bad, -(-weight.shape[-1] // blocksize))
+    place = f"row {row}" if weight.dim() == 2 else f"matrix {row // weight.shape[1]}, row {row % weight.shape[1]}"
+    last = min((block + 1) * blocksize, weight.shape[-1]) - 1
+    raise ValueError(
+        f"nf4_quantize: weight has NaN or infinity in {place}, block {block} (columns {block * blocksize} to {last}), "
+        "wants finite values in fp32; check the checkpoint that it was read from"
+    )
+
+
 @torch.library.register_kernel("swiftk::nf4_quantize", "cpu")
 def _nf4_quantize_cpu(weight, blocksize, absmax_dtype, isa):
     codes, absmax = _nf4_quantize_fake(weight, blocksize, absmax_dtype, isa)
@@ -207,13 +243,7 @@ def _nf4_quantize_cpu(weight, blocksize, absmax_dtype, isa):
         DTYPE_CODES[absmax_dtype], absmax.data_ptr(), threads(w2.numel()), isa,
     )  # fmt: skip
     if bad >= 0:
-        row, block = divmod(bad, absmax.shape[-1])
-        place = f"row {row}" if weight.dim() == 2 else f"matrix {row // weight.shape[1]}, row {row % weight.shape[1]}"
-        last = min((block + 1) * blocksize, weight.shape[-1]) - 1
-        raise ValueError(
-            f"nf4_quantize: weight has NaN or infinity in {place}, block {block} (columns {block * blocksize} to {last}), "
-            "wants finite values in fp32; check the checkpoint that it was read from"
-        )
+        _refuse_block(weight, blocksize, bad)
     return codes, absmax
 
 
@@ -225,13 +255,26 @@ def _nf4_dequantize_cpu(codes, absmax, in_features, blocksize, dtype, isa):
 
 
 @torch.library.register_kernel("swiftk::nf4_quantize", "cuda")
-def _nf4_quantize_cuda(*args):
-    no_cuda_kernel("nf4_quantize", "swiftk.kernels.nf4.nf4_quantize_ref")
+def _nf4_quantize_cuda(weight, blocksize, absmax_dtype, isa):
+    codes, absmax = _nf4_quantize_fake(weight, blocksize, absmax_dtype, isa)
+    w2 = _rows(weight)
+    none = torch.iinfo(torch.int64).max
+    first_bad = torch.full((), none, dtype=torch.int64, device=weight.device)
+    on_stream(
+        native_cuda().nf4_quantize, weight.device, DTYPE_CODES[weight.dtype], w2.data_ptr(), w2.stride(0), *w2.shape, blocksize,
+        codes.data_ptr(), absmax_dtype == torch.bfloat16, absmax.data_ptr(), first_bad.data_ptr(),
+    )  # fmt: skip
+    # the one wait for the device among the kernels: weights are quantised once, and an error names its block
+    if not torch.cuda.is_current_stream_capturing() and (bad := int(first_bad)) != none:
+        _refuse_block(weight, blocksize, bad)
+    return codes, absmax
 
 
 @torch.library.register_kernel("swiftk::nf4_dequantize", "cuda")
-def _nf4_dequantize_cuda(*args):
-    no_cuda_kernel("nf4_dequantize", "swiftk.kernels.nf4.nf4_dequantize_ref")
+def _nf4_dequantize_cuda(codes, absmax, in_features, blocksize, dtype, isa):
+    out = _nf4_dequantize_fake(codes, absmax, in_features, blocksize, dtype, isa)
+    _dequantize_on_cuda(NF4Tensor(codes, absmax, in_features, blocksize), out)
+    return out
 
 
 @torch.library.register_fake("swiftk::nf4_quantize")
@@ -365,8 +408,8 @@ def nf4_quantize(
         nested: quantise the absmax too: 4.13 bits per weight where bf16 absmax takes 4.25 (blocksize 64), and inexact.
         absmax_dtype: torch.float32 or torch.bfloat16; None: bf16 for a bf16 weight, where it is exact, else fp32.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable"; all give the same bytes.
-    Raises: ValueError for a wrong shape, dtype, blocksize or isa, and for NaN or infinity, naming row and block;
-        NotImplementedError on CUDA (no kernel yet).
+    Raises: ValueError for a wrong shape, dtype, blocksize or isa, and for NaN or infinity, naming row and block. On CUDA this
+        waits for the device; where a CUDA graph is captured it cannot, and the absmax of such a block is NaN instead.
     """
     op = "nf4_quantize"
     check_floating(op, weight=weight)
@@ -397,7 +440,7 @@ def nf4_dequantize(w: NF4Tensor, dtype: torch.dtype = torch.bfloat16, *, isa: st
         dtype: torch.bfloat16, the values that every product uses (widen them for fp32 and fp64), or torch.float32, the
             products before that rounding.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable"; all give the same bytes.
-    Raises: ValueError for parts that do not belong together, dtype or isa; NotImplementedError on CUDA (no kernel yet).
+    Raises: ValueError for parts that do not belong together, dtype or isa.
     """
     check_nf4("nf4_dequantize", w)
     if dtype not in (torch.bfloat16, torch.float32):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import torch
 
-from swiftk.kernels._native import native
+from swiftk.kernels._native import VERSION, native
 
 ROOT = Path(__file__).resolve().parent.parent
 # floor of each folder or file; a file imports its own floor and those below (trainer and decoder never each other)
@@ -119,3 +121,13 @@ def test_the_stub_names_what_the_compiled_module_has():
     stub = {node.name for node in found if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
     module = {name for name in dir(native()) if not name.startswith("_")}
     assert stub == module
+
+
+def test_the_stub_names_what_the_cuda_module_binds():
+    """By its source, which is there where no GPU build is."""
+    stub = {node.name for node in ast.parse((ROOT / "_swiftk_cuda.pyi").read_text()).body if isinstance(node, ast.FunctionDef)}
+    assert stub == set(re.findall(r'm\.def\(\s*"(\w+)"', (ROOT / "csrc/bindings_cuda.cpp").read_text()))
+
+
+def test_the_version_is_the_same_everywhere():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == VERSION == native().__version__

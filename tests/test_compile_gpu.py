@@ -1,7 +1,10 @@
-"""Every Triton kernel compiles as it is shipped, without spills: for sm_90 here, for all chips in the long tests."""
+"""Every Triton kernel as it is shipped and every CUDA source compile, without spills: for sm_90 here, for all chips in the long
+tests."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +22,16 @@ SHIPPED = compile_gpu.shipped()
 def test_compiles(one, arch):
     if arch in one.archs:
         assert compile_gpu.compile_triton(one, arch).wrong() is None
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.long) for arch in (80, 100))])
+@pytest.mark.parametrize("source", compile_gpu.cuda_sources(), ids=lambda source: source.stem)
+def test_cuda_compiles(source, arch):
+    found = compile_gpu.compile_cuda(source, arch)
+    kernels = re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", source.read_text())
+    assert kernels and {one.label.split("<")[0] for one in found} == set(kernels)
+    assert [one.wrong() for one in found if one.wrong()] == []
 
 
 def test_spills_and_shared_memory_are_errors():

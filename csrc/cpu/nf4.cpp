@@ -5,7 +5,31 @@
 
 #include "bindings.h"
 
+#include "cuda/nf4_args.h"
+
 namespace swiftk {
+
+// The bodies of csrc/cuda/nf4.cu, thread after thread: what a GPU computes, for machines without one.
+template <int kind> void dequantize_on_host(const gpu::Nf4Dequantize& a, bool wide) {
+  float values[16];
+  for (int i = 0; i < 16; ++i) values[i] = gpu::nf4_value(i);
+  for (int64_t block = 0; block < a.blocks(); ++block)
+    for (int thread = 0; thread < gpu::kDequantizeThreads; ++thread) {
+      if (wide) gpu::nf4_dequantize_thread<kind, float>(a, block, thread, values);
+      else gpu::nf4_dequantize_thread<kind, uint16_t>(a, block, thread, values);
+    }
+}
+
+template <class T> int64_t quantize_on_host(const gpu::Nf4Quantize& a) {
+  int64_t bad = -1;
+  for (int64_t block = 0; block < a.blocks(); ++block) {
+    uint32_t largest = 0;
+    for (int lane = 0; lane < 32; ++lane) largest = std::max(largest, gpu::nf4_largest_of_lane<T>(a, block, lane));
+    for (int lane = 0; lane < 32; ++lane) gpu::nf4_codes_of_lane<T>(a, block, lane, largest);
+    if (bad < 0 && largest >= gpu::kInfinity) bad = block;
+  }
+  return bad;
+}
 
 void bind_nf4(py::module_& m) {
   m.def(
@@ -42,6 +66,24 @@ void bind_nf4(py::module_& m) {
         dtype == kBFloat16 ? with_absmax(bf16{}) : with_absmax(float{});
       },
       py::call_guard<py::gil_scoped_release>());
+  m.def("nf4_dequantize_as_on_gpu", [](uintptr_t codes, int64_t ld_codes, const gpu::ScaleArgs& scales, int64_t rows, int64_t cols,
+                                       int64_t blocksize, bool wide, uintptr_t out, int64_t ld_out) {
+    const auto a = gpu::dequantize_args(codes, ld_codes, scales, rows, cols, blocksize, wide, out, ld_out);
+    switch (std::get<0>(scales)) {
+      case gpu::kScaleBf16: return dequantize_on_host<gpu::kScaleBf16>(a, wide);
+      case gpu::kScaleFp32: return dequantize_on_host<gpu::kScaleFp32>(a, wide);
+      default: return dequantize_on_host<gpu::kScaleNested>(a, wide);
+    }
+  });
+  m.def("nf4_quantize_as_on_gpu", [](int dtype, uintptr_t x, int64_t ldx, int64_t rows, int64_t cols, int64_t blocksize,
+                                     uintptr_t codes, bool narrow, uintptr_t absmax) {
+    const auto a = gpu::quantize_args(x, ldx, rows, cols, blocksize, codes, narrow, absmax);
+    return dtype == kBFloat16 ? quantize_on_host<uint16_t>(a) : dtype == kFloat32 ? quantize_on_host<float>(a) : quantize_on_host<double>(a);
+  });
+  m.def("nf4_decode_as_on_gpu", [](uintptr_t codes, int64_t words, float absmax, uintptr_t out) {
+    const auto planes = gpu::nf4_planes(absmax);
+    for (int64_t i = 0; i < words; ++i) gpu::nf4_decode8(pointer<const uint32_t>(codes)[i], planes, pointer<uint32_t>(out) + 4 * i);
+  });
 }
 
 }  // namespace swiftk

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from swiftk.kernels._native import DTYPE_CODES, native
 from swiftk.kernels.nf4 import (
     BLOCKSIZES,
     VALUES,
@@ -22,6 +23,7 @@ from swiftk.kernels.nf4 import (
     nf4_quantize,
     nf4_quantize_ref,
     nf4_to_bitsandbytes,
+    scale_args,
 )
 from tests.kernels import nf4_golden
 
@@ -280,6 +282,115 @@ def test_dynamic_map_is_that_of_bitsandbytes():
     for signed in (True, False):
         ours, theirs = dynamic_map(signed), functional.create_dynamic_map(signed)
         assert (ours[1:] > ours[:-1]).all() and torch.allclose(ours, theirs, rtol=3e-7, atol=0)
+
+
+# --- the CUDA kernels, thread after thread on the CPU ----------------------------------------------------------------
+# What they compute, not that they run: the conversions of a GPU are its own, tests/gpu has those.
+
+
+def quantize_as_on_gpu(x: torch.Tensor, blocksize: int = 64) -> tuple[NF4Tensor, int]:
+    """The weight, and the first block that is not finite."""
+    (N, K), narrow = x.shape, x.dtype == torch.bfloat16
+    w = NF4Tensor(
+        torch.full((N, -(-K // 2)), 0x5A, dtype=torch.uint8),
+        torch.full((N, -(-K // blocksize)), float("nan"), dtype=torch.bfloat16 if narrow else torch.float32), K, blocksize,
+    )  # fmt: skip
+    bad = native().nf4_quantize_as_on_gpu(
+        DTYPE_CODES[x.dtype], x.data_ptr(), x.stride(0), N, K, blocksize, w.codes.data_ptr(), narrow, w.absmax.data_ptr()
+    )
+    return w, bad
+
+
+def dequantize_as_on_gpu(w: NF4Tensor, dtype: torch.dtype = torch.bfloat16, out: torch.Tensor | None = None) -> torch.Tensor:
+    out = torch.full(w.shape, float("nan"), dtype=dtype) if out is None else out
+    scales, _alive = scale_args(w)
+    native().nf4_dequantize_as_on_gpu(
+        w.codes.data_ptr(), w.codes.stride(0), scales, *out.shape, w.blocksize, out.dtype == torch.float32, out.data_ptr(),
+        out.stride(0),
+    )  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_as_on_a_gpu(case):
+    for x in (source(case), source(case).double()):
+        w, bad = quantize_as_on_gpu(x, case["blocksize"])
+        assert bad == -1
+        assert_golden(case, w, dequantize_as_on_gpu(w), dequantize_as_on_gpu(w, torch.float32))
+    if "nested" in case:
+        w = nf4_quantize(source(case), blocksize=case["blocksize"], nested=True)
+        for dtype in (torch.bfloat16, torch.float32):
+            assert bits(dequantize_as_on_gpu(w, dtype)) == bits(nf4_dequantize(w, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocksize", [32, 64, 512, 4096])
+def test_shapes_as_on_a_gpu(blocksize, dtype):
+    """Rows in fours and a rest, columns in several blocks of threads, tails of each length modulo 8."""
+    for N, K in ((1, 1), (3, 7), (4, 62), (5, 2048), (2, 2055), (6, 4129), (0, 5), (5, 0), *((2, 64 + k) for k in range(8))):
+        x = torch.randn(N, K, dtype=torch.float64).to(dtype)
+        (w, bad), want = quantize_as_on_gpu(x, blocksize), nf4_quantize(x, blocksize=blocksize)
+        assert bad == -1 and same(w, want), K
+        for out in (torch.bfloat16, torch.float32):
+            assert bits(dequantize_as_on_gpu(w, out)) == bits(nf4_dequantize(want, out)), (N, K)
+
+
+def test_values_around_thresholds_as_on_a_gpu():
+    exponents = torch.arange(-126, 128)
+    absmax = torch.ldexp(1 + torch.randint(0, 2**23, exponents.shape) / 2**23, exponents)
+    x = (THRESHOLDS * absmax[:, None]).repeat(1, 3)
+    x[:, 15:30] = torch.nextafter(x[:, 15:30], torch.tensor(float("inf")))
+    x[:, 30:] = torch.nextafter(x[:, 30:], torch.tensor(float("-inf")))
+    tiny = torch.finfo(torch.float32).tiny
+    scales = torch.tensor([0.0, tiny / 4, tiny, 2.0**126, 2.0**127])[:, None]
+    for y in (torch.cat([absmax[:, None], x], 1), torch.randn(5, 46).clamp(-1.9, 1.9) * scales):
+        for source_of in (y, y.bfloat16()):
+            assert same(quantize_as_on_gpu(source_of)[0], reference(source_of))
+
+
+@pytest.mark.parametrize("K", [1, 33, 64, 100, 2049])
+def test_frames_as_on_a_gpu(K):
+    """Addresses that no vector divides, neighbours that must be neither read nor written, any pad nibble."""
+    for left in (1, 2, 4, 8):
+        frame = torch.full((6, K + 16), float("nan"))
+        frame[1:-1, left : left + K] = torch.randn(4, K)
+        w, bad = quantize_as_on_gpu(frame[1:-1, left : left + K])
+        assert bad == -1 and same(w, reference(frame[1:-1, left : left + K]))
+        codes = torch.full((4, w.codes.shape[1] + 16), 255, dtype=torch.uint8)
+        codes[:, left : left + w.codes.shape[1]] = w.codes
+        if K % 2:
+            codes[:, left + w.codes.shape[1] - 1] |= 15
+        part = w._replace(codes=codes[:, left : left + w.codes.shape[1]])
+        for dtype in (torch.bfloat16, torch.float32):
+            out = torch.full((6, K + 16), float("nan"), dtype=dtype)
+            assert torch.equal(dequantize_as_on_gpu(part, out=out[1:-1, left : left + K]), nf4_dequantize_ref(w, dtype))
+            out[1:-1, left : left + K] = float("nan")
+            assert out.isnan().all()
+
+
+def test_every_code_of_many_absmax_as_on_a_gpu():
+    """Both look-ups: of single values times absmax, and of bytes of the block's 16 rounded values."""
+    codes = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 4)
+    codes[:, 1:] = torch.randint(0, 256, (256, 3), dtype=torch.uint8)
+    logs = torch.logspace(-44, 38.53, 200, dtype=torch.float64).float()
+    for absmax in [*torch.randn(50).abs(), *logs, torch.tensor(2.0**127), torch.tensor(0.0)]:
+        want = bits(nf4_dequantize_ref(NF4Tensor(codes.view(1, -1), absmax.view(1, 1), 2048, 2048)))
+        assert bits(dequantize_as_on_gpu(NF4Tensor(codes.view(1, -1), absmax.view(1, 1), 2048, 2048))) == want
+        out = torch.empty(2048, dtype=torch.bfloat16)
+        native().nf4_decode_as_on_gpu(codes.data_ptr(), 256, float(absmax), out.data_ptr())
+        assert bits(out) == want
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_not_finite_as_on_a_gpu(dtype):
+    """The first such block is found; each has absmax NaN, so that nothing computed from it looks like a number."""
+    for value in (float("nan"), float("inf"), float("-inf")):
+        x = torch.randn(9, 150).to(dtype)
+        x[7, 149], x[4, 70] = value, value
+        w, bad = quantize_as_on_gpu(x)
+        assert divmod(bad, 3) == (4, 1)
+        assert w.absmax.isnan().nonzero().tolist() == [[4, 1], [7, 2]]
+        assert dequantize_as_on_gpu(w)[4, 64:128].isnan().all()
 
 
 # --- bitsandbytes ------------------------------------------------------------------------------------------------

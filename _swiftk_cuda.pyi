@@ -1,0 +1,13 @@
+"""The CUDA kernels: addresses, sizes, a stream. kernels/*.py checks them; nothing waits for the device."""
+
+__version__: str
+_Scales = tuple[int, int, int, int, int, int]  # kind, address, row stride; nested: code_map, absmax, offset
+
+def nf4_dequantize(
+    codes: int, ld_codes: int, scales: _Scales, rows: int, cols: int, blocksize: int, wide: bool, out: int, ld_out: int,
+    stream: int,
+) -> None: ...  # fmt: skip
+def nf4_quantize(
+    dtype: int, x: int, ldx: int, rows: int, cols: int, blocksize: int, codes: int, narrow: bool, absmax: int, first_bad: int,
+    stream: int,
+) -> None: ...  # fmt: skip
