@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -80,3 +82,15 @@ def test_readme_tables_are_the_generated_ones():
     page = (bench.ROOT / "docs" / "benchmarks.md").read_text()
     assert report.readme_block(bench.RESULTS) in readme, "run `python -m swiftk.bench readme`"
     assert page == report.page(bench.RESULTS), "run `python -m swiftk.bench readme`"
+
+
+def test_the_cases_under_pytest_benchmark(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    kept = tmp_path / "kept.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--quick"]
+    command += ["--ops", "swiglu", "merge", f"--benchmark-json={kept}", "--benchmark-min-rounds=2", "--benchmark-max-time=0.01"]
+    done = subprocess.run(command, cwd=bench.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(kept.read_text())["benchmarks"]
+    assert {b["group"] for b in found} == {"swiglu", "merge"}
+    assert all(b["extra_info"]["bytes"] > 0 and b["stats"]["rounds"] >= 2 for b in found)
