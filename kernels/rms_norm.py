@@ -9,6 +9,7 @@ Not supported: an added bias, a weight offset (Gemma's 1 + w: add it before the 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from swiftk.kernels._checks import check_floating, check_isa, check_shape, refus
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import jit, launch, next_power_of_2, on_gpu, register_cuda, ship, tl, tl_acc
 
+BACKENDS = ("swiftk", "transformer_engine")
 ROW_BLOCK = 64  # rows per partial sum of dw, kRows in csrc/cpu/rms_norm.inc
 
 
@@ -195,23 +197,57 @@ torch.library.register_autograd("swiftk::rms_norm_fwd", _backward, setup_context
 refuse_double_backward("rms_norm", "swiftk::rms_norm_bwd")
 
 
+# --- other people's kernels --------------------------------------------------------------------------------------
+
+
+def _transformer_engine(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """NVIDIA's module around our weight; a module of its own for each call, since its backward reads the weight from it."""
+    try:
+        from transformer_engine.pytorch import RMSNorm
+    except ImportError as error:
+        raise ImportError(
+            f"rms_norm: backend has 'transformer_engine', which cannot be imported ({error}); "
+            "pip install transformer-engine[pytorch], or leave out backend"
+        ) from error
+    known = inspect.signature(RMSNorm.__init__).parameters
+    if not ({"eps", "device", "dtype"} <= known.keys() or {"eps", "kwargs"} <= known.keys()):
+        raise ImportError(
+            f"rms_norm: the installed transformer_engine's RMSNorm takes {', '.join(known)}, wants eps, device and dtype among "
+            "them (1.11 or later); leave out backend"
+        )
+    if not x.is_cuda:
+        raise ValueError(f"rms_norm: x has device {x.device}, backend 'transformer_engine' wants a CUDA device")
+    norm = RMSNorm(x.shape[-1], eps=eps, device="meta", dtype=weight.dtype)
+    norm._parameters["weight"] = weight
+    return norm(x)
+
+
 # --- public ------------------------------------------------------------------------------------------------------
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, isa: str = "auto") -> torch.Tensor:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *, backend: str = "swiftk", isa: str = "auto"
+) -> torch.Tensor:
     """RMSNorm over the last dimension, differentiable in x and weight; a row's result depends on that row alone.
 
     Args:
         x: (..., H), bf16, fp32 or fp64, any strides; zero rows are allowed.
         weight: (H,), dtype and device of x.
         eps: added to the mean square.
+        backend: "swiftk", or "transformer_engine" for NVIDIA's kernel (CUDA; no promise of ours holds for it; its call is
+            tested against a stand-in, it has not run on a GPU).
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
     Returns: (..., H) in x's dtype, contiguous.
-    Raises: ValueError for a wrong shape, dtype, device or isa; on CUDA ImportError without Triton.
+    Raises: ValueError for a wrong shape, dtype, device, backend or isa; ImportError without the backend, on CUDA without
+        Triton.
     """
     check_floating("rms_norm", x=x, weight=weight)
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}, wants (..., H) with H >= 1")
     check_shape("rms_norm", "weight", weight, (x.shape[-1],), f"x {tuple(x.shape)}")
     check_isa("rms_norm", isa)
+    if backend not in BACKENDS:
+        raise ValueError(f"rms_norm: backend has {backend!r}, wants one of {', '.join(BACKENDS)}")
+    if backend == "transformer_engine":
+        return _transformer_engine(x, weight, eps)
     return torch.ops.swiftk.rms_norm_fwd(x, weight, eps, isa)[0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 
@@ -115,3 +118,37 @@ def test_errors(args, message):
         rms_norm(*args)
     with pytest.raises(ValueError, match="rms_norm: isa has 'sse9', wants one of"):
         rms_norm(torch.randn(2, 4), torch.randn(4), isa="sse9")
+
+
+def test_other_backends(monkeypatch):
+    """transformer_engine is asked for, never chosen; where it is missing, other or on a CPU an error says what to do."""
+    x, weight = torch.randn(2, 4), torch.randn(4)
+    with pytest.raises(ValueError, match=r"rms_norm: backend has 'apex', wants one of swiftk, transformer_engine"):
+        rms_norm(x, weight, backend="apex")
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    with pytest.raises(ImportError, match=r"rms_norm: .*pip install transformer-engine\[pytorch\]"):
+        rms_norm(x, weight, backend="transformer_engine")
+
+    class Norm(torch.nn.Module):  # a stand-in, with the installed one's signature
+        def __init__(self, normalized_shape, eps=1e-5, zero_centered_gamma=False, **kwargs):
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.empty(normalized_shape, **kwargs)), eps
+
+        def forward(self, x):
+            return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    package, module = types.ModuleType("transformer_engine"), types.ModuleType("transformer_engine.pytorch")
+    module.RMSNorm = Norm
+    monkeypatch.setitem(sys.modules, "transformer_engine", package)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
+    with pytest.raises(ValueError, match=r"rms_norm: x has device cpu, backend 'transformer_engine' wants a CUDA device"):
+        rms_norm(x, weight, backend="transformer_engine")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    weight.requires_grad_()
+    y = rms_norm(x, weight, 1e-3, backend="transformer_engine")
+    want = torch.nn.functional.rms_norm(x, (4,), weight, 1e-3)
+    assert torch.equal(y, want)
+    assert torch.equal(*(torch.autograd.grad(t.sum(), weight)[0] for t in (y, want)))
+    module.RMSNorm = type("RMSNorm", (Norm,), {"__init__": lambda self, hidden_size: None})
+    with pytest.raises(ImportError, match=r"takes self, hidden_size, wants eps, device and dtype"):
+        rms_norm(x, weight, backend="transformer_engine")
