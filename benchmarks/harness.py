@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import importlib
 import importlib.metadata
 import platform
 import statistics
@@ -81,6 +82,16 @@ class Record:
     extra_mib: dict[str, float]
     goal: str
     status: str  # ok | no CUDA kernel yet
+
+
+def liger(options: Options) -> Any:
+    """liger_kernel.transformers.functional where it can be a peer: on a GPU that has it installed; else None."""
+    if options.device != "cuda" or not options.wants("liger"):
+        return None
+    try:
+        return importlib.import_module("liger_kernel.transformers.functional")
+    except ImportError:
+        return None
 
 
 class Limits:

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from swiftk.benchmarks.harness import Case, Options
+from swiftk.benchmarks.harness import Case, Options, liger
 from swiftk.kernels.rope import rope, rope_ref, rope_table
 from swiftk.testing.accuracy import assert_accurate
 
 
 def cases(options: Options) -> Iterator[Case]:
     # tokens, heads of q, heads of k, head_dim
-    shapes = [(64, 2, 1, 64)] if options.quick else [(2048, 16, 8, 128), (2048, 8, 4, 64), (1, 16, 8, 128)]
+    shapes = [(2048, 16, 8, 128), (2048, 8, 4, 64), (1, 16, 8, 128)]
+    if options.device == "cuda":
+        shapes = [(16384, 32, 8, 128), (1, 32, 8, 128)]
+    shapes = [(64, 2, 1, 64)] if options.quick else shapes
     for dtype in (torch.float32, torch.bfloat16):
         for shape in shapes:
             yield case(*shape, backward=False, dtype=dtype, options=options)
@@ -63,12 +66,25 @@ def case(
             assert_accurate(got, plain, exact)
 
     theirs = transformers_rope(cos, sin, dtype) if options.wants("transformers") else None
+    peers = {"transformers": lambda: run(theirs)} if theirs else {}
+    other = liger(options)
+    if other:
+        table = [torch.cat((t, t), -1).to(dtype)[None] for t in (cos, sin)]
+        copies = [t.clone() for t in qk]  # it writes over its inputs
+
+        def liger_rope():
+            inputs = [t.detach().requires_grad_(backward) for t in copies]
+            with torch.set_grad_enabled(backward):
+                outputs = other.liger_rope(*(t[None].transpose(1, 2) for t in inputs), *table)
+            return torch.autograd.grad(outputs, inputs, [t[None].transpose(1, 2) for t in dqk]) if backward else outputs
+
+        peers["liger"] = liger_rope
     moved = 2 * sum(t.numel() * t.element_size() for t in qk)  # q, k read and written; the backward as much of dq, dk
     return Case(
         op="rope", name=f"{'fwd+bwd' if backward else 'fwd'} {tokens} x ({q_heads} + {k_heads}) x {head_dim}", dtype=dtype,
         check=check,
         run=lambda: run(ours),
         bytes=2 * moved if backward else moved,
-        peers={"transformers": lambda: run(theirs)} if theirs else {},
-        goal="<= 1x transformers",
+        peers=peers,
+        goal="<= 1x transformers" if options.device == "cpu" else "90 % of HBM, at least liger",
     )  # fmt: skip
