@@ -21,7 +21,7 @@ import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
-from swiftk.kernels._triton import jit, launch, on_gpu, ship, tl, tl_acc, triton
+from swiftk.kernels._triton import jit, launch, next_power_of_2, on_gpu, ship, tl, tl_acc
 
 MAX_LAYERS, MAX_COLUMNS = 1 << 16, 1 << 19
 
@@ -124,7 +124,7 @@ def _dropout_kernel(
 
 
 def _tile(cols: int) -> dict[str, Any]:
-    width = min(TILE, max(8, triton.next_power_of_2(cols)))
+    width = min(TILE, max(8, next_power_of_2(cols)))
     return {"ROWS": TILE // width, "COLS": width, "num_warps": 4}
 
 
@@ -146,7 +146,7 @@ def dropout_out(
     rows, cols = x.shape
     if on_gpu(x):
         tile = _tile(cols)
-        grid = (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(cols, tile["COLS"]))
+        grid = -(-rows // tile["ROWS"]), -(-cols // tile["COLS"])
         launch(
             _dropout_kernel, grid, x, y, seed_step, token_index, rows, cols, x.stride(0), y.stride(0), layer, threshold,
             SCALE=scale, ACC=tl_acc(x.dtype), **tile,

@@ -227,7 +227,7 @@ def test_a_tape_reads_lengths_tables_and_slots_when_it_runs():
 
 def test_opcheck_and_compile():
     q, cache, cu_q, _ = make(([1, 5], [30, 40], 4, 2, 16, 16, (-1, -1), 0.0, False), torch.float32)
-    options = torch.randn(4), 0.25, 0.0, -1, 0, "auto"
+    options = torch.randn(4), 0.25, 0.0, -1, 0, "auto", "auto"
     torch.library.opcheck(torch.ops.swiftk.paged_attention.default, (q, *cache, cu_q, *options))
     k, v = torch.randn(3, 2, 16), torch.randn(3, 2, 16)
     caches = torch.zeros(4, 4, 2, 16), torch.zeros(4, 4, 2, 16)
@@ -283,6 +283,7 @@ def int32(*values):
         (dict(sinks=torch.zeros(2)), r"sinks has shape \(2,\), q \(3, 4, 8\) needs \(4,\)"),
         (dict(q=Q.clone().requires_grad_()), r"has requires_grad, wants torch.no_grad\(\); use varlen_attention"),
         (dict(isa="sse9"), "isa has 'sse9', wants one of"),
+        (dict(numerics="exact"), "numerics has 'exact', wants"),
     ],
 )  # fmt: skip
 def test_errors(change, message):
