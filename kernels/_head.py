@@ -15,16 +15,17 @@ from typing import NamedTuple
 import torch
 
 from swiftk.kernels._checks import check_floating, refuse_double_backward
-from swiftk.kernels._native import acc_dtype, no_cuda_kernel
+from swiftk.kernels._native import acc_dtype
+from swiftk.kernels._triton import on_gpu
 from swiftk.kernels.dropout import Dropout, dropout_keys, dropout_out
-from swiftk.kernels.linear import with_rows
+from swiftk.kernels.linear import vendor_mm, with_rows
 from swiftk.kernels.lora_linear import (
-    MASK_BYTES,
     Adapter,
     Mask,
     adapted_norm,
     base_product,
     check_lora,
+    mask_bytes,
     rank_gram,
     rank_update,
     scales_of,
@@ -33,6 +34,13 @@ from swiftk.kernels.nf4 import NF4Tensor, check_nf4, nf4_dequantize_out, plain_a
 
 STEP = 2048  # columns per step of the running log-sum-exp, kStep in csrc/cpu/vocab_stats.inc
 BUFFER_BYTES = 32 << 20  # of logits: 4096 rows x one step in fp32; of a converted weight too
+# On CUDA 4096 x 16384: dX is read and written once per so many columns, 27 us beside two GEMMs of 800 us at H 4096 (arithmetic,
+# 4.8 TB/s and 700 TFLOP/s).
+CUDA_BUFFER_BYTES = 256 << 20
+
+
+def buffer_bytes(t: torch.Tensor) -> int:
+    return CUDA_BUFFER_BYTES if on_gpu(t) else BUFFER_BYTES
 
 
 def ranges(total: int, size: int) -> Iterator[slice]:
@@ -40,35 +48,56 @@ def ranges(total: int, size: int) -> Iterator[slice]:
 
 
 def add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """out += a b; a bf16 product is rounded once and added in out's dtype."""
-    if out.dtype == a.dtype:
+    """out += a b; on the CPU a bf16 product is rounded once and added in out's dtype."""
+    if on_gpu(a):
+        vendor_mm(a, b, out, 1.0)
+    elif out.dtype == a.dtype:
         out.addmm_(a, b)
     else:
         out.add_(torch.mm(a, b))
 
 
 class KeptRows:
-    """The rows whose label is not ignored: `take` gathers them, `put` spreads a result over all T rows, 0 elsewhere."""
+    """The rows whose label is not ignored: `take` gathers them, `put` spreads a result over all T rows, 0 elsewhere.
+
+    On CUDA, where their number cannot be known without waiting, `take` puts zeros in the place of the others: their logits
+    are 0 and so is each gradient by them, whatever hidden holds there.
+    """
 
     def __init__(self, op: str, labels: torch.Tensor, ignore_index: int, vocab_size: int | None) -> None:
         """vocab_size None: the labels are checked elsewhere."""
         keep = labels != ignore_index
         bad = keep & ((labels < 0) | (labels >= vocab_size)) if vocab_size is not None else None
+        self.rows, self.index, self.keep, self.bad = len(labels), None, None, None
+        if on_gpu(labels):
+            self.keep, self.bad = keep, bad
+            return
         if bad is not None and bad.any():
             at = int(bad.nonzero()[0])
             raise ValueError(
                 f"{op}: labels has id {int(labels[at])} at position {at}, wants 0 <= id < V = {vocab_size}, or ignore_index "
                 f"{ignore_index}; is the tokenizer the model's own?"
             )
-        self.rows, self.index = len(labels), None if keep.all() else keep.nonzero()[:, 0]
+        self.index = None if keep.all() else keep.nonzero()[:, 0]
+
+    def _zeroed(self, t: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        return torch.where(keep.view(-1, *[1] * (t.dim() - 1)), t, 0)
 
     def take(self, t: torch.Tensor) -> torch.Tensor:
+        if self.keep is not None:
+            return self._zeroed(t, self.keep).contiguous()
         return t.contiguous() if self.index is None else t.index_select(0, self.index)
 
     def put(self, t: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         if t is None:
             return like.new_empty(0)
+        if self.keep is not None:
+            return self._zeroed(t, self.keep)
         return t if self.index is None else t.new_zeros(self.rows, *t.shape[1:]).index_copy_(0, self.index, t)
+
+    def poisoned(self, t: torch.Tensor) -> torch.Tensor:
+        """NaN where a label is outside the vocabulary, which on CUDA is no error."""
+        return t if self.bad is None else t.masked_fill(self.bad, torch.nan)
 
 
 class HeadArgs(NamedTuple):
@@ -103,15 +132,19 @@ class Head(NamedTuple):
         return Head(base, tail, None if gain is None else gain.contiguous())
 
     @property
+    def codes(self) -> torch.Tensor:
+        return self.weight.codes if isinstance(self.weight, NF4Tensor) else self.weight
+
+    @property
     def vocab(self) -> int:
         return self.weight.shape[0]
 
-    def logits(self, x, r: slice, c: slice, out, isa, sums=None) -> None:
+    def logits(self, x, r: slice, c: slice, out, isa, sums=None, numerics="auto") -> None:
         """Writes z of rows r and columns c, and z before DoRA's factor into sums where it is given."""
         tail = None if self.tail is None else (self.tail[0][r], self.tail[1][c])
         gain = None if self.gain is None else self.gain[c]
         if sums is None or gain is None:
-            base_product(x[r], take_rows(self.weight, c), None, out, isa, tail, gain)
+            base_product(x[r], take_rows(self.weight, c), None, out, isa, tail, gain, numerics)
         else:  # a factor of its own rounds as the product's epilogue does
             self.sums(x, r, c, sums, isa)
             torch.mul(sums, gain, out=out)
@@ -139,9 +172,9 @@ class Head(NamedTuple):
         return total
 
     def converted_columns(self, width: int, dtype: torch.dtype) -> int:
-        """width, or as many columns as BUFFER_BYTES of W hold where `rows` makes a copy of W in dtype."""
+        """width, or as many columns as buffer_bytes of W hold where `rows` makes a copy of W in dtype."""
         if isinstance(self.weight, NF4Tensor) or self.weight.dtype != dtype:
-            return min(width, STEP * max(1, BUFFER_BYTES // (STEP * max(1, self.weight.shape[1]) * dtype.itemsize)))
+            return min(width, STEP * max(1, buffer_bytes(self.codes) // (STEP * max(1, self.weight.shape[1]) * dtype.itemsize)))
         return width
 
 
@@ -156,7 +189,7 @@ class AdapterGrad(NamedTuple):
     def start(head: Head, needs: list[bool], acc: torch.dtype) -> AdapterGrad:
         """needs: of S, B, gain."""
         s, b = head.tail or (None, None)
-        parts = (None if t is None or not need else torch.zeros(t.shape, dtype=acc)
+        parts = (None if t is None or not need else t.new_zeros(t.shape, dtype=acc)
                  for t, need in zip((s, b, head.gain), needs, strict=True))  # fmt: skip
         return AdapterGrad(*parts)
 
@@ -193,7 +226,7 @@ def grads_fake(hidden, args: HeadArgs, needs: list[bool]) -> tuple[torch.Tensor,
 
 _LOW_RANK = (
     "Tensor hidden, Tensor a, Tensor labels, int ignore_index, float scale, int threshold, SymInt layer, Tensor? seed_step, "
-    "Tensor? token_index, str isa"
+    "Tensor? token_index, str numerics, str isa"
 )
 torch.library.define("swiftk::head_low_rank_fwd", f"({_LOW_RANK}) -> Tensor")
 torch.library.define("swiftk::head_low_rank_bwd", f"(Tensor ds, {_LOW_RANK}, bool need_dx, bool need_da) -> (Tensor, Tensor)")
@@ -203,33 +236,33 @@ torch.library.define(
 )  # fmt: skip
 
 
-def _factor(r: int, scale: float, threshold: int, acc: torch.dtype) -> torch.Tensor:
-    return torch.full((r,), scale, dtype=acc) * (65536 / (65536 - threshold))  # dropout's 1 / (1 - p) is folded into s
+def _factor(a: torch.Tensor, scale: float, threshold: int, acc: torch.dtype) -> torch.Tensor:
+    return a.new_full((len(a),), scale, dtype=acc) * (65536 / (65536 - threshold))  # dropout's 1 / (1 - p) is folded into s
 
 
-@torch.library.register_kernel("swiftk::head_low_rank_fwd", "cpu")
-def _head_low_rank_fwd_cpu(hidden, a, labels, ignore_index, scale, threshold, layer, seed_step, token_index, isa):
+@torch.library.register_kernel("swiftk::head_low_rank_fwd", ("cpu", "cuda"))
+def _head_low_rank_fwd(hidden, a, labels, ignore_index, scale, threshold, layer, seed_step, token_index, numerics, isa):
     kept, acc = KeptRows("", labels, ignore_index, None), acc_dtype(hidden.dtype)
-    x, a, factor = kept.take(hidden), a.to(hidden.dtype).contiguous(), _factor(len(a), scale, threshold, acc)
+    x, a, factor = kept.take(hidden), a.to(hidden.dtype).contiguous(), _factor(a, scale, threshold, acc)
     s = x.new_empty(len(x), len(a))
     if threshold == 0:
-        base_product(x, a, None, s, isa, scale=factor)
+        base_product(x, a, None, s, isa, scale=factor, numerics=numerics)
     else:
         seed_step, tokens = seed_step.contiguous(), kept.take(token_index)
-        height = max(1, MASK_BYTES // max(1, x.shape[1] * x.element_size()))
+        height = max(1, mask_bytes(x) // max(1, x.shape[1] * x.element_size()))
         for r in ranges(len(x), height):
             masked = torch.empty_like(x[r])
             dropout_out(x[r], threshold, seed_step, layer, tokens[r], masked, isa=isa)
-            base_product(masked, a, None, s[r], isa, scale=factor)
+            base_product(masked, a, None, s[r], isa, scale=factor, numerics=numerics)
     return kept.put(s.to(acc), hidden)
 
 
-@torch.library.register_kernel("swiftk::head_low_rank_bwd", "cpu")
-def _head_low_rank_bwd_cpu(
-    ds, hidden, a, labels, ignore_index, scale, threshold, layer, seed_step, token_index, isa, need_dx, need_da
+@torch.library.register_kernel("swiftk::head_low_rank_bwd", ("cpu", "cuda"))
+def _head_low_rank_bwd(
+    ds, hidden, a, labels, ignore_index, scale, threshold, layer, seed_step, token_index, numerics, isa, need_dx, need_da
 ):  # fmt: skip
     kept, acc = KeptRows("", labels, ignore_index, None), acc_dtype(hidden.dtype)
-    x, ds = kept.take(hidden), kept.take(ds) * _factor(len(a), scale, threshold, acc)
+    x, ds = kept.take(hidden), kept.take(ds) * _factor(a, scale, threshold, acc)
     seed_step, tokens = dropout_keys(seed_step, None if token_index is None else kept.take(token_index))
     mask = Mask(threshold, seed_step, layer, tokens)
     dx, da = None, a.new_empty(0)
@@ -244,21 +277,21 @@ def _head_low_rank_bwd_cpu(
     return kept.put(dx, hidden), da
 
 
-@torch.library.register_kernel("swiftk::head_norm", "cpu")
-def _head_norm_cpu(weight, absmax, blocksize, a, b, scale, norm_sq, dtype, isa):
+@torch.library.register_kernel("swiftk::head_norm", ("cpu", "cuda"))
+def _head_norm(weight, absmax, blocksize, a, b, scale, norm_sq, dtype, isa):
     base = with_rows(weight) if absmax is None else NF4Tensor(with_rows(weight), with_rows(absmax), a.shape[1], blocksize)
     a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
-    return adapted_norm(base, a, b, torch.full((len(a),), scale, dtype=acc_dtype(dtype)), norm_sq, isa)
+    return adapted_norm(base, a, b, a.new_full((len(a),), scale, dtype=acc_dtype(dtype)), norm_sq, isa)
 
 
 @torch.library.register_fake("swiftk::head_low_rank_fwd")
-def _head_low_rank_fwd_fake(hidden, a, labels, ignore_index, scale, threshold, layer, seed_step, token_index, isa):
+def _head_low_rank_fwd_fake(hidden, a, labels, ignore_index, scale, threshold, layer, seed_step, token_index, numerics, isa):
     return hidden.new_empty(hidden.shape[0], a.shape[0], dtype=acc_dtype(hidden.dtype))
 
 
 @torch.library.register_fake("swiftk::head_low_rank_bwd")
 def _head_low_rank_bwd_fake(
-    ds, hidden, a, labels, ignore_index, scale, threshold, layer, seed_step, token_index, isa, need_dx, need_da
+    ds, hidden, a, labels, ignore_index, scale, threshold, layer, seed_step, token_index, numerics, isa, need_dx, need_da
 ):  # fmt: skip
     return hidden.new_empty(hidden.shape if need_dx else 0), a.new_empty(a.shape if need_da else 0)
 
@@ -268,15 +301,8 @@ def _head_norm_fake(weight, absmax, blocksize, a, b, scale, norm_sq, dtype, isa)
     return torch.empty_like(norm_sq)
 
 
-for _operator in ("head_low_rank_fwd", "head_low_rank_bwd", "head_norm"):
-
-    @torch.library.register_kernel(f"swiftk::{_operator}", "cuda")
-    def _head_cuda(*args):
-        no_cuda_kernel("linear_cross_entropy")
-
-
 def _low_rank_setup_context(ctx, inputs, output):
-    hidden, a, labels, ctx.ignore_index, ctx.scale, ctx.threshold, ctx.layer, seed_step, token_index, ctx.isa = inputs
+    hidden, a, labels, ctx.ignore_index, ctx.scale, ctx.threshold, ctx.layer, seed_step, token_index, _, ctx.isa = inputs
     ctx.save_for_backward(hidden, a, labels, seed_step, token_index)
 
 
@@ -285,10 +311,10 @@ def _low_rank_backward(ctx, ds):
     hidden, a, labels, seed_step, token_index = ctx.saved_tensors
     need_dx, need_da = ctx.needs_input_grad[:2]
     dx, da = torch.ops.swiftk.head_low_rank_bwd(
-        ds, hidden, a, labels, ctx.ignore_index, ctx.scale, ctx.threshold, ctx.layer, seed_step, token_index, ctx.isa,
-        need_dx, need_da,
+        ds, hidden, a, labels, ctx.ignore_index, ctx.scale, ctx.threshold, ctx.layer, seed_step, token_index, "auto",
+        ctx.isa, need_dx, need_da,
     )  # fmt: skip
-    return dx if need_dx else None, da if need_da else None, *[None] * 8
+    return dx if need_dx else None, da if need_da else None, *[None] * 9
 
 
 torch.library.register_autograd("swiftk::head_low_rank_fwd", _low_rank_backward, setup_context=_low_rank_setup_context)
@@ -310,7 +336,7 @@ def check_weight(op: str, hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor
 
 def head_args(
     op: str, hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, ignore_index: int,
-    adapter: Adapter | None, dropout: Dropout | None, isa: str,
+    adapter: Adapter | None, dropout: Dropout | None, numerics: str, isa: str,
 ) -> HeadArgs:  # fmt: skip
     """The head as the operators take it, S and DoRA's factor formed; differentiable. After check_weight."""
     base, absmax, blocksize = weight, None, 0
@@ -327,7 +353,7 @@ def head_args(
     check_lora(op, hidden, weight, adapter, None, dropout, None)
     (scale,) = scales_of(adapter, 1)
     drop = (0, 0, None, None) if dropout is None else (dropout.threshold, dropout.layer, dropout.seed_step, dropout.token_index)
-    s = torch.ops.swiftk.head_low_rank_fwd(hidden, adapter.a, labels, ignore_index, scale, *drop, isa)
+    s = torch.ops.swiftk.head_low_rank_fwd(hidden, adapter.a, labels, ignore_index, scale, *drop, numerics, isa)
     gain = None
     if adapter.magnitude is not None:
         norm = torch.ops.swiftk.head_norm(

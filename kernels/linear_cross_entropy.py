@@ -14,11 +14,11 @@ Two ways to the gradient, `mode`:
   recompute  `vocab_stats` and a formula: the backward forms the logits again from the saved lse. Three products (four with
              dW), a T x 2048 buffer, nothing saved beyond hidden. A gradient per token and per statistic: what vocabulary-
              parallel callers (`cross_entropy_from_stats`), preference losses and entropy bonuses (`token_logprobs`) need.
-Rows whose label is ignore_index are never multiplied. A head that does not require a gradient costs no dW.
+On CUDA 256 MiB of logits take the place of the T x 2048 buffer, and 2048 rows x V of the 1024.
+Rows whose label is ignore_index are never multiplied (on CUDA: as zeros). A head that does not require a gradient costs no dW.
 The head may be NF4 (frozen; a slice at a time is dequantised for dX) and adapted by LoRA or DoRA (swiftk.kernels._head): fused
 then costs what a trained head costs, with dB in the place of dW (DoRA's dm: one product more).
-Not supported: a bias of the head, several adapters of the head, class weights, soft labels, infinite logits (they give NaN),
-a CUDA kernel (not there yet).
+Not supported: a bias of the head, several adapters of the head, class weights, soft labels, infinite logits (they give NaN).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import torch
 
 from swiftk.kernels._checks import check_shape, refuse_double_backward
 from swiftk.kernels._head import (
-    BUFFER_BYTES,
     HEAD_SCHEMA,
     STEP,
     AdapterGrad,
@@ -37,13 +36,16 @@ from swiftk.kernels._head import (
     HeadArgs,
     KeptRows,
     add_product,
+    buffer_bytes,
     grads_fake,
     head_args,
     head_grads,
     ranges,
 )
-from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
+from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
+from swiftk.kernels._triton import on_gpu
 from swiftk.kernels.dropout import Dropout
+from swiftk.kernels.linear import check_numerics
 from swiftk.kernels.lora_linear import Adapter
 from swiftk.kernels.nf4 import NF4Tensor
 from swiftk.kernels.vocab_stats import (
@@ -63,7 +65,10 @@ from swiftk.kernels.vocab_stats import (
     vocab_stats_ref,
 )
 
-TRAINED_ROWS = 1024  # rows of full logits where dW is formed in the forward: dW is read and written once per so many rows
+# rows of full logits where dW is formed in the forward: dW is read and written once per so many rows. CUDA's: 1.2 GB of logits
+# and 9 % of the products' time for dW at V 151,936, H 4096 (arithmetic, 4.8 TB/s and 700 TFLOP/s)
+TRAINED_ROWS, CUDA_TRAINED_ROWS = 1024, 2048
+LABEL_ROWS, CUDA_LABEL_ROWS = 256, 4096  # rows of W that are gathered for their labels at a time
 
 
 class CrossEntropyStats(NamedTuple):
@@ -127,27 +132,31 @@ class _Loss(NamedTuple):
         return StatsGrad(w * (1 + 2 * self.z_loss * lse), w * (self.label_smoothing - 1), dsum, None)
 
 
-def _fused_frozen(x, head: Head, labels, w, loss: _Loss, softcap, entropy, isa):
+def _fused_frozen(x, head: Head, labels, w, loss: _Loss, softcap, entropy, numerics, isa):
     """(running, dx): one pass over the vocabulary. With acc = sum over v of exp(s_v - m) w_v, the label's column left out,
     dx = w [(1 + 2 zeta lse) acc / l + ((1 + 2 zeta lse) p_label - (1 - eps)) w_label - eps / V sum_v w_v].
     """
     (rows, hidden), vocab = x.shape, head.vocab
-    acc, product = acc_dtype(x.dtype), product_dtype(x.dtype, isa)
-    running = RunningStats.start(rows, acc, entropy, loss.label_smoothing > 0)
+    acc, product = acc_dtype(x.dtype), product_dtype(x, isa)
+    running = RunningStats.start(x, entropy, loss.label_smoothing > 0)
     dx = torch.empty_like(x, dtype=acc)
     height = max((r.stop - r.start for r in even_blocks(rows, BLOCK_ROWS)), default=0)
-    buffer = torch.empty(height * min(vocab, STEP), dtype=acc)
-    copy = buffer if product == acc else torch.empty(buffer.shape, dtype=product)
+    width = head.converted_columns(buffer_columns(x, height, vocab), product) if on_gpu(x) else min(vocab, STEP)
+    buffer = x.new_empty(height * width, dtype=acc)
+    copy = buffer if product == acc else x.new_empty(buffer.shape, dtype=product)
     for r in even_blocks(rows, BLOCK_ROWS):
-        out = torch.zeros(r.stop - r.start, hidden, dtype=acc)
+        out = x.new_zeros(r.stop - r.start, hidden, dtype=acc)
         here, y = running.rows(r), labels[r]
-        for c in ranges(vocab, STEP):
+        for c in ranges(vocab, width):
             logits, g = (b[: len(out) * (c.stop - c.start)].view(len(out), -1) for b in (buffer, copy))
-            head.logits(x, r, c, logits, isa)
-            native().vocab_stats_exp(
-                DTYPE_CODES[acc], DTYPE_CODES[product], address(logits), logits.stride(0), address(y), *logits.shape, c.start,
-                softcap, *map(address, here), address(g), g.stride(0), address(out), hidden, threads(), isa,
-            )  # fmt: skip
+            head.logits(x, r, c, logits, isa, numerics=numerics)
+            if on_gpu(x):
+                update_stats(logits, y, c.start, softcap, here, isa, exp=(g, out))
+            else:
+                native().vocab_stats_exp(
+                    DTYPE_CODES[acc], DTYPE_CODES[product], address(logits), logits.stride(0), address(y), *logits.shape,
+                    c.start, softcap, *map(address, here), address(g), g.stride(0), address(out), hidden, threads(), isa,
+                )  # fmt: skip
             add_product(out, g, head.rows(c, product))
         _, lse, logprob, _ = here.finish(y, 0, vocab)
         d = loss.coefficients(lse, w[r])
@@ -155,7 +164,8 @@ def _fused_frozen(x, head: Head, labels, w, loss: _Loss, softcap, entropy, isa):
         if softcap:
             at_label = at_label * ((softcap - here.label) * (softcap + here.label) / softcap**2)
         out.mul_((d.dlse / here.l)[:, None])
-        for k in ranges(len(out), 256):  # the labels' rows of W, in a small buffer
+        y = y.clamp(0, vocab - 1)  # where a label outside is no error, its loss is NaN
+        for k in ranges(len(out), CUDA_LABEL_ROWS if on_gpu(x) else LABEL_ROWS):  # the labels' rows of W, in a small buffer
             out[k].addcmul_(at_label[k, None], head.rows(y[k], acc))
         if d.dsum is not None:
             out.addcmul_(d.dsum[:, None], head.row_sum(acc))
@@ -163,33 +173,33 @@ def _fused_frozen(x, head: Head, labels, w, loss: _Loss, softcap, entropy, isa):
     return running, dx
 
 
-def _fused_trained(x, head: Head, labels, w, loss: _Loss, softcap, entropy, needs, isa):
+def _fused_trained(x, head: Head, labels, w, loss: _Loss, softcap, entropy, needs, numerics, isa):
     """(running, dx, dw, grad of the adapter): a block of rows keeps its full logits, so they are multiplied once; dW and dB
     are summed over the blocks."""
     (rows, hidden), vocab = x.shape, head.vocab
-    acc, product = acc_dtype(x.dtype), product_dtype(x.dtype, isa)
+    acc, product = acc_dtype(x.dtype), product_dtype(x, isa)
     need_dx, need_dw, *needs_adapter = needs
-    running = RunningStats.start(rows, acc, entropy, loss.label_smoothing > 0)
-    fitting = BUFFER_BYTES // (vocab * acc.itemsize)
-    blocks = list(even_blocks(rows, min(BLOCK_ROWS, max(TRAINED_ROWS, fitting))))
+    running = RunningStats.start(x, entropy, loss.label_smoothing > 0)
+    fitting = buffer_bytes(x) // (vocab * acc.itemsize)
+    blocks = list(even_blocks(rows, min(BLOCK_ROWS, max(CUDA_TRAINED_ROWS if on_gpu(x) else TRAINED_ROWS, fitting))))
     dx = torch.empty_like(x, dtype=acc) if need_dx else None
-    dw = torch.zeros(vocab, hidden, dtype=x.dtype if len(blocks) == 1 else acc) if need_dw else None
+    dw = x.new_zeros(vocab, hidden, dtype=x.dtype if len(blocks) == 1 else acc) if need_dw else None
     grad = AdapterGrad.start(head, needs_adapter, acc)
     height = max((r.stop - r.start for r in blocks), default=0)
-    buffer = torch.empty(height * vocab, dtype=acc)
+    buffer = x.new_empty(height * vocab, dtype=acc)
     for r in blocks:
         logits = buffer[: (r.stop - r.start) * vocab].view(-1, vocab)
         here, xp = running.rows(r), x[r].to(product)
-        out = torch.zeros(len(logits), hidden, dtype=acc) if need_dx else None
-        head.logits(x, r, slice(0, vocab), logits, isa)
+        out = x.new_zeros(len(logits), hidden, dtype=acc) if need_dx else None
+        head.logits(x, r, slice(0, vocab), logits, isa, numerics=numerics)
         update_stats(logits, labels[r], 0, softcap, here, isa)
         log_l, lse, *_ = here.finish(labels[r], 0, vocab)
         d = loss.coefficients(lse, w[r])
-        for c in ranges(vocab, head.converted_columns(buffer_columns(len(logits), vocab, acc), product)):
+        for c in ranges(vocab, head.converted_columns(buffer_columns(x, len(logits), vocab), product)):
             g = logits_grad(logits[:, c], labels[r], c.start, softcap, True, here.m, log_l, None, d, product, isa)
             sums = None
             if grad.dgain is not None:
-                sums = torch.empty(len(logits), c.stop - c.start, dtype=acc)
+                sums = x.new_empty(len(logits), c.stop - c.start, dtype=acc)
                 head.sums(x, r, c, sums, isa)
             grad.add(head, r, c, g, sums)
             if out is not None:
@@ -206,7 +216,7 @@ def _fused_trained(x, head: Head, labels, w, loss: _Loss, softcap, entropy, need
 torch.library.define(
     "swiftk::linear_cross_entropy_fwd",
     "(Tensor hidden, Tensor weight, Tensor labels, Tensor token_weights, int ignore_index, float softcap, float z_loss, "
-    f"float label_smoothing, bool with_entropy, bool[] needs, {HEAD_SCHEMA}, str isa) -> "
+    f"float label_smoothing, bool with_entropy, bool[] needs, {HEAD_SCHEMA}, str numerics, str isa) -> "
     "(Tensor loss, Tensor token_loss, Tensor dx, Tensor dw, Tensor ds, Tensor db, Tensor dgain, Tensor lse, "
     "Tensor label_logit, Tensor entropy, Tensor argmax)",
 )
@@ -216,10 +226,10 @@ torch.library.define(
 )
 
 
-@torch.library.register_kernel("swiftk::linear_cross_entropy_fwd", "cpu")
-def _linear_cross_entropy_fwd_cpu(
+@torch.library.register_kernel("swiftk::linear_cross_entropy_fwd", ("cpu", "cuda"))
+def _linear_cross_entropy_fwd(
     hidden, weight, labels, token_weights, ignore_index, softcap, z_loss, label_smoothing, with_entropy, needs, absmax,
-    blocksize, s, b, gain, isa,
+    blocksize, s, b, gain, numerics, isa,
 ):  # fmt: skip
     kept = KeptRows("linear_cross_entropy", labels, ignore_index, weight.shape[0])
     x, y, w = (kept.take(t) for t in (hidden, labels, token_weights))
@@ -227,12 +237,12 @@ def _linear_cross_entropy_fwd_cpu(
     head, loss = Head.of(args, x, kept), _Loss(weight.shape[0], z_loss, label_smoothing)
     # with softcap and smoothing, smoothing's part of dx is no longer a sum over W alone
     if needs[1] or head.tail is not None or (softcap and label_smoothing):
-        running, *sums = _fused_trained(x, head, y, w, loss, softcap, with_entropy, needs, isa)
+        running, *sums = _fused_trained(x, head, y, w, loss, softcap, with_entropy, needs, numerics, isa)
     else:
-        running, dx = _fused_frozen(x, head, y, w, loss, softcap, with_entropy, isa)
+        running, dx = _fused_frozen(x, head, y, w, loss, softcap, with_entropy, numerics, isa)
         sums = [dx if needs[0] else None, None, AdapterGrad(None, None, None)]
     _, lse, logprob, entropy = running.finish(y, 0, head.vocab)
-    token_loss = loss.tokens(lse, logprob, running.total)
+    token_loss = loss.tokens(lse, kept.poisoned(logprob), running.total)
     total = kept.put(token_loss * w, lse).sum()  # over all T, as in the recompute mode
     stats = (kept.put(t, lse) for t in (lse, running.label, entropy, running.argmax))
     return total, kept.put(token_loss, lse), *head_grads(kept, hidden, args, *sums), *stats
@@ -241,7 +251,7 @@ def _linear_cross_entropy_fwd_cpu(
 @torch.library.register_fake("swiftk::linear_cross_entropy_fwd")
 def _linear_cross_entropy_fwd_fake(
     hidden, weight, labels, token_weights, ignore_index, softcap, z_loss, label_smoothing, with_entropy, needs, absmax,
-    blocksize, s, b, gain, isa,
+    blocksize, s, b, gain, numerics, isa,
 ):  # fmt: skip
     def rows(present=True):
         return hidden.new_empty(hidden.shape[0] if present else 0, dtype=acc_dtype(hidden.dtype))
@@ -252,24 +262,14 @@ def _linear_cross_entropy_fwd_fake(
     return loss, rows(), dx, *grads, rows(), rows(), rows(with_entropy), torch.empty_like(labels)
 
 
-@torch.library.register_kernel("swiftk::linear_cross_entropy_bwd", "cpu")
-def _linear_cross_entropy_bwd_cpu(dloss, token_loss, grads, inputs):
+@torch.library.register_kernel("swiftk::linear_cross_entropy_bwd", ("cpu", "cuda"))
+def _linear_cross_entropy_bwd(dloss, token_loss, grads, inputs):
     return [dloss * token_loss, *(g * dloss for g in grads)]  # a 0-dimensional factor keeps its precision beside bf16
 
 
 @torch.library.register_fake("swiftk::linear_cross_entropy_bwd")
 def _linear_cross_entropy_bwd_fake(dloss, token_loss, grads, inputs):
     return [torch.empty_like(t) for t in (token_loss, *grads)]
-
-
-@torch.library.register_kernel("swiftk::linear_cross_entropy_fwd", "cuda")
-def _linear_cross_entropy_fwd_cuda(*args):
-    no_cuda_kernel("linear_cross_entropy")
-
-
-@torch.library.register_kernel("swiftk::linear_cross_entropy_bwd", "cuda")
-def _linear_cross_entropy_bwd_cuda(*args):
-    no_cuda_kernel("linear_cross_entropy")
 
 
 # --- autograd ----------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def _loss_backward(ctx, dloss, *_):
     dx, dw, ds, db, dgain = (next(rest) if need else None for need in ctx.needs)
     dtoken_weights = dtoken_weights if ctx.needs_input_grad[3] else None
     dx = None if dx is None else dx.to(tensors[5].dtype)
-    return dx, dw, None, dtoken_weights, *[None] * 8, ds, db, dgain, None
+    return dx, dw, None, dtoken_weights, *[None] * 8, ds, db, dgain, None, None
 
 
 torch.library.register_autograd("swiftk::linear_cross_entropy_fwd", _loss_backward, setup_context=_loss_setup_context)
@@ -325,7 +325,8 @@ def cross_entropy_from_stats(
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, *, adapter: Adapter | None = None,
     dropout: Dropout | None = None, token_weights: torch.Tensor | None = None, ignore_index: int = -100, softcap: float = 0.0,
-    z_loss: float = 0.0, label_smoothing: float = 0.0, mode: str = "fused", return_entropy: bool = False, isa: str = "auto",
+    z_loss: float = 0.0, label_smoothing: float = 0.0, mode: str = "fused", return_entropy: bool = False,
+    numerics: str = "auto", isa: str = "auto",
 ) -> tuple[torch.Tensor, CrossEntropyStats]:  # fmt: skip
     """Sum of the weighted token losses of the head `hidden @ weight.T`, and statistics per token.
 
@@ -345,13 +346,16 @@ def linear_cross_entropy(
             gradient is needed both are one product. Fused, a bf16 dW is rounded before the loss's gradient multiplies it
             and after; a constant factor goes better into token_weights.
         return_entropy: stats.entropy too.
+        numerics: of the forward's products on CUDA, see `linear`.
         isa: instruction set of the CPU kernels: "auto", "avx512", "avx2" or "portable".
     Returns: (loss, stats): loss () in fp32 (fp64 for fp64), 0 where every label is ignored.
-    Raises: ValueError for a wrong shape, dtype, device, option or isa, or a label outside [0, V) (its position and id);
-        NotImplementedError for a gradient of the gradient, and on CUDA (no kernel yet).
+    Raises: ValueError for a wrong shape, dtype, device, option or isa, or on the CPU a label outside [0, V) (its position and
+        id); on CUDA the loss is NaN then. NotImplementedError for a gradient of the gradient. ImportError on CUDA without
+        Triton.
     """
     op = "linear_cross_entropy"
     check_head(op, hidden, weight, labels, softcap, isa)
+    check_numerics(op, numerics)
     if token_weights is not None:
         check_shape(op, "token_weights", token_weights, (hidden.shape[0],), f"hidden {tuple(hidden.shape)}")
         if not token_weights.is_floating_point() or token_weights.device != hidden.device:
@@ -366,7 +370,7 @@ def linear_cross_entropy(
     if mode == "recompute" or not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
         stats = vocab_stats(
             hidden, weight, labels, adapter=adapter, dropout=dropout, ignore_index=ignore_index, softcap=softcap,
-            logit_sum=label_smoothing > 0, entropy=return_entropy, isa=isa, caller=op,
+            logit_sum=label_smoothing > 0, entropy=return_entropy, numerics=numerics, isa=isa, caller=op,
         )  # fmt: skip
         return cross_entropy_from_stats(
             stats, labels, weight.shape[0], token_weights=token_weights, ignore_index=ignore_index, z_loss=z_loss,
@@ -374,11 +378,12 @@ def linear_cross_entropy(
         )  # fmt: skip
     acc = acc_dtype(hidden.dtype)
     w = hidden.new_ones(hidden.shape[0], dtype=acc) if token_weights is None else token_weights.to(acc)
-    head = head_args(op, hidden, weight, labels, ignore_index, adapter, dropout, isa)
+    head = head_args(op, hidden, weight, labels, ignore_index, adapter, dropout, numerics, isa)
     needs = [t is not None and t.requires_grad for t in (hidden, head.weight, head.s, head.b, head.gain)]
     loss, _, _, _, _, _, _, lse, label_logit, entropy, argmax = torch.ops.swiftk.linear_cross_entropy_fwd(
-        hidden, head.weight, labels, w, ignore_index, softcap, z_loss, label_smoothing, return_entropy, needs, *head[1:], isa
-    )
+        hidden, head.weight, labels, w, ignore_index, softcap, z_loss, label_smoothing, return_entropy, needs, *head[1:],
+        numerics, isa,
+    )  # fmt: skip
     correct = (argmax == labels) & (labels != ignore_index)
     return loss, CrossEntropyStats(lse, label_logit, correct, entropy if return_entropy else None)
 
@@ -387,7 +392,7 @@ def linear_cross_entropy(
 def token_logprobs(
     hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, *, adapter: Adapter | None = ...,
     dropout: Dropout | None = ..., ignore_index: int = ..., softcap: float = ...,
-    return_entropy: Literal[False] = ..., isa: str = ...,
+    return_entropy: Literal[False] = ..., numerics: str = ..., isa: str = ...,
 ) -> torch.Tensor: ...  # fmt: skip
 
 
@@ -395,18 +400,19 @@ def token_logprobs(
 def token_logprobs(
     hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, *, adapter: Adapter | None = ...,
     dropout: Dropout | None = ..., ignore_index: int = ..., softcap: float = ...,
-    return_entropy: Literal[True], isa: str = ...,
+    return_entropy: Literal[True], numerics: str = ..., isa: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...  # fmt: skip
 
 
 def token_logprobs(
     hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, *, adapter: Adapter | None = None,
     dropout: Dropout | None = None, ignore_index: int = -100, softcap: float = 0.0, return_entropy: bool = False,
-    isa: str = "auto",
+    numerics: str = "auto", isa: str = "auto",
 ):  # fmt: skip
     """log p(label) of each token, differentiable per token in hidden, weight and the adapter; the backward recomputes.
 
-    Bitwise the same for a row whether it comes alone or among others, on any number of threads.
+    Bitwise the same for a row whether it comes alone or among others, on any number of threads (on CUDA with
+    numerics="invariant").
 
     Args: as in `linear_cross_entropy`.
     Returns: (T,) in fp32 (fp64 for fp64), nats, 0 where ignored; with return_entropy (logprobs, entropy), both (T,) and
@@ -414,6 +420,6 @@ def token_logprobs(
     """
     stats = vocab_stats(
         hidden, weight, labels, adapter=adapter, dropout=dropout, ignore_index=ignore_index, softcap=softcap,
-        entropy=return_entropy, isa=isa, caller="token_logprobs",
+        entropy=return_entropy, numerics=numerics, isa=isa, caller="token_logprobs",
     )  # fmt: skip
     return (stats.logprob, stats.entropy) if return_entropy else stats.logprob

@@ -34,6 +34,7 @@ import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
+from swiftk.kernels._triton import on_gpu
 from swiftk.kernels.dropout import Dropout, check_dropout, dropout_keys, dropout_out, dropout_ref
 from swiftk.kernels.linear import Product, as_matrix, linear_group_out, matmul_dtype, row_args, with_rows
 from swiftk.kernels.nf4 import NF4Tensor, check_nf4, nf4_dequantize, nf4_dequantize_ref, plain_absmax, take_rows
@@ -42,6 +43,11 @@ from swiftk.kernels.nf4_linear import matmul_weight, nf4_linear_group_out
 ALIGN = 32  # columns of one of several adapters: a multiple of every Dot<T>::step, so lanes do not depend on the others
 NORM_ROWS = 1024  # rows of an NF4 weight that row_norm_sq dequantises at a time
 MASK_BYTES = 1 << 20  # rows of x that are masked at a time, so that the copy stays in the L2 cache
+CUDA_MASK_BYTES = 24 << 20  # the same for an H100's 50 MB; arithmetic, no GPU has measured it
+
+
+def mask_bytes(x: torch.Tensor) -> int:
+    return CUDA_MASK_BYTES if on_gpu(x) else MASK_BYTES
 
 
 class Adapter(NamedTuple):
@@ -137,16 +143,16 @@ def _column_dot(p: torch.Tensor, q: torch.Tensor, isa: str) -> torch.Tensor:
     return out
 
 
-def base_product(x, weight, bias, y, isa, tail=None, scale=None) -> None:
+def base_product(x, weight, bias, y, isa, tail=None, scale=None, numerics="auto") -> None:
     """linear_out or nf4_linear_out: y = scale (x W^T + s t^T) + bias with tail = (s, t)."""
-    base_products(x, [Product(weight, bias, y, tail, scale)], isa)
+    base_products(x, [Product(weight, bias, y, tail, scale)], isa, numerics)
 
 
-def base_products(x: torch.Tensor, products: Sequence[Product], isa: str) -> None:
+def base_products(x: torch.Tensor, products: Sequence[Product], isa: str, numerics: str = "auto") -> None:
     """Several of one x, the plain and the NF4 ones in one call each."""
     for nf4, out in ((False, linear_group_out), (True, nf4_linear_group_out)):
         if group := [p for p in products if isinstance(p.weight, NF4Tensor) == nf4]:
-            out(x, group, isa)
+            out(x, group, isa, *(() if nf4 else (numerics,)))
 
 
 # --- operator ----------------------------------------------------------------------------------------------------

@@ -8,11 +8,14 @@
 Sources: softcap, Gemma 2 (2024); the running log-sum-exp, Milakov & Gimelshein 2018, "Online normalizer calculation for
 softmax". The logits are fp32 (fp64 for fp64), also for bf16 inputs, and come from the row-invariant product of
 swiftk.kernels.linear; the log-sum-exp walks the vocabulary in fixed steps: what a row gives depends on that row and W
-alone. The backward forms the logits again; beyond hidden and weight only (T,) vectors are saved.
-Forward: one product, W read once per 4096 rows, 32 MiB of logits at a time; backward: two products, three with dW.
-Rows whose label is ignore_index are never multiplied. A head that does not require a gradient costs no dW.
+alone (on CUDA with numerics="invariant"). The backward forms the logits again; beyond hidden and weight only (T,) vectors
+are saved.
+Forward: one product, W read once per 4096 rows, 32 MiB of logits at a time (CUDA: 256); backward: two products, three with dW.
+Rows whose label is ignore_index are never multiplied; on CUDA, where nobody may ask how many there are, they are multiplied
+as zeros. A head that does not require a gradient costs no dW.
 The head may be NF4 (frozen; a slice at a time is dequantised for dX) and adapted by LoRA or DoRA: swiftk.kernels._head.
-Not supported: a bias of the head, several adapters of the head, infinite logits (they give NaN), a CUDA kernel (not there yet).
+On CUDA a label outside the vocabulary is no error but a NaN loss: finding it would wait for the device.
+Not supported: a bias of the head, several adapters of the head, infinite logits (they give NaN).
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ import torch
 
 from swiftk.kernels._checks import check_isa, check_shape, refuse_double_backward
 from swiftk.kernels._head import (
-    BUFFER_BYTES,
     HEAD_SCHEMA,
     STEP,
     AdapterGrad,
@@ -32,14 +34,17 @@ from swiftk.kernels._head import (
     HeadArgs,
     KeptRows,
     add_product,
+    buffer_bytes,
     check_weight,
     grads_fake,
     head_args,
     head_grads,
     ranges,
 )
-from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
+from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
+from swiftk.kernels._triton import jit, launch, on_gpu, ship, tl
 from swiftk.kernels.dropout import Dropout
+from swiftk.kernels.linear import check_numerics
 from swiftk.kernels.lora_linear import Adapter, lora_linear_ref
 from swiftk.kernels.nf4 import NF4Tensor, nf4_dequantize_ref
 
@@ -95,6 +100,132 @@ def vocab_stats_ref(
     return VocabStats(lse, label_logit, logprob, total, entropy, top, argmax)
 
 
+# --- Triton ------------------------------------------------------------------------------------------------------
+#
+# A program walks one row of logits in steps of STEP, as the CPU does, and merges each into what the row had before: the bits
+# do not depend on how many columns a buffer holds. The gradient is elementwise. Both are bound by memory: 8 KiB of fp32 in
+# flight per program of 4 warps, from arithmetic; no GPU has measured it.
+
+
+@jit
+def _capped(z, cap, inverse):
+    """cap tanh(z inverse); below 1/4 the series, since 1 - exp(-2 u) cancels there."""
+    u = tl.abs(z * inverse)
+    e = tl.exp(-2.0 * u)
+    tanh = (1.0 - e) / (1.0 + e)
+    if z.dtype == tl.float32:
+        v = u * u
+        series = u * (1.0 + v * (-0.33333334 + v * (0.13333334 + v * (-0.053968254 + v * 0.021869488))))
+        tanh = tl.where(u < 0.25, series, tanh)
+    return tl.where(z < 0, -cap * tanh, cap * tanh)
+
+
+@jit
+def _stats_kernel(
+    logits, labels, m, l, e, total, label, argmax, g, out, ld, ld_g, cols, width, first_id, softcap, STEP: tl.constexpr,
+    CAPPED: tl.constexpr, ENTROPY: tl.constexpr, SUM: tl.constexpr, EXP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, STEP)
+    logits += row * ld
+    own = tl.load(labels + row) - first_id
+    before = tl.load(m + row)
+    top, sums, best, s_label = before, tl.load(l + row), tl.load(argmax + row), tl.load(label + row)
+    inverse = 1.0 / softcap if CAPPED else 0.0
+    ent = tl.load(e + row) if ENTROPY else top
+    tot = tl.load(total + row) if SUM else top
+    for j in range(0, cols, STEP):
+        inside = at < cols - j
+        s = tl.load(logits + j + at, mask=inside, other=-float("inf"))
+        if CAPPED:
+            s = tl.where(inside, _capped(s, softcap, inverse), -float("inf"))
+        highest = tl.max(s, axis=0)
+        first = tl.min(tl.where(s == highest, at, STEP), axis=0)
+        best = tl.where(highest > top, (first + j).to(tl.int64) + first_id, best)
+        new = tl.maximum(top, highest)
+        scale = tl.exp(top - new)  # 0 in the first step
+        d = s - new
+        p = tl.exp(d)
+        if ENTROPY:  # sum of exp(s - m) (s - m), moved to the new m
+            ent = tl.where(sums > 0, (ent + sums * (top - new)) * scale, 0.0) + tl.sum(tl.where(inside, p * d, 0.0), axis=0)
+        if SUM:
+            tot += tl.sum(tl.where(inside, s, 0.0), axis=0)
+        sums = sums * scale + tl.sum(p, axis=0)
+        s_label += tl.sum(tl.where(inside & (at == own - j), s, 0.0), axis=0)
+        top = new
+    tl.store(m + row, top)
+    tl.store(l + row, sums)
+    tl.store(argmax + row, best)
+    tl.store(label + row, s_label)
+    if ENTROPY:
+        tl.store(e + row, ent)
+    if SUM:
+        tl.store(total + row, tot)
+    if EXP:
+        # g = exp(s - m) (1 - (s / c)^2), 0 for the label, and out *= exp(m before - m): see vocab_stats_exp in csrc/cpu
+        for j in range(0, cols, STEP):
+            inside = at < cols - j
+            s = tl.load(logits + j + at, mask=inside, other=0.0)
+            if CAPPED:
+                s = _capped(s, softcap, inverse)
+            p = tl.exp(s - top)
+            if CAPPED:
+                p *= ((softcap - s) * inverse) * ((softcap + s) * inverse)
+            tl.store(g + row * ld_g + j + at, tl.where(at == own - j, 0.0, p).to(g.dtype.element_ty), mask=inside)
+        if before != top:
+            scale = tl.exp(before - top)
+            for k in range(0, width, STEP):
+                inside = at < width - k
+                v = tl.load(out + row * width + k + at, mask=inside, other=0.0)
+                tl.store(out + row * width + k + at, v * scale, mask=inside)
+
+
+@jit
+def _grad_kernel(
+    logits, labels, m, log_l, entropy, dlse, dlabel, dsum, dentropy, g, ld, ld_g, cols, first_id, softcap, STEP: tl.constexpr,
+    CAPPED: tl.constexpr, ENTROPY: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * STEP + tl.arange(0, STEP)
+    inside = at < cols
+    own = tl.load(labels + row) - first_id
+    s = tl.load(logits + row * ld + at, mask=inside, other=0.0)
+    inverse = 1.0 / softcap if CAPPED else 0.0
+    if CAPPED:
+        s = _capped(s, softcap, inverse)
+    log_p = s - tl.load(m + row) - tl.load(log_l + row)
+    p = tl.exp(log_p)
+    a = tl.load(dlse + row)
+    less = p - 1.0  # of the label, where p is near 1: the series of exp(x) - 1
+    if s.dtype == tl.float32:
+        x = log_p
+        series = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * (0.008333334 + x * 0.0013888889)))))
+        less = tl.where(tl.abs(x) < 0.125, series, less)
+    ds = tl.where(at == own, a * less + (a + tl.load(dlabel + row)), a * p)
+    if SUM:
+        ds += tl.load(dsum + row)
+    if ENTROPY:
+        ds -= p * tl.load(dentropy + row) * (log_p + tl.load(entropy + row))
+    if CAPPED:
+        ds *= ((softcap - s) * inverse) * ((softcap + s) * inverse)
+    tl.store(g + row * ld_g + at, ds.to(g.dtype.element_ty), mask=inside)
+
+
+_ROWS = "*fp32 *fp32 *fp32 *fp32 *fp32"
+for _exp, _rest in ((False, False), (False, True), (True, False), (True, True)):
+    ship(
+        f"vocab_stats{'_exp bf16' if _exp else ' fp32'}{' softcap entropy sum' if _rest else ''}", _stats_kernel,
+        f"*fp32 *i64 {_ROWS} *i64 *bf16 *fp32 i32:16 i32:16 i32:16 i32:16 i32 fp32", STEP=STEP, CAPPED=_rest, ENTROPY=_rest,
+        SUM=_rest, EXP=_exp,
+    )  # fmt: skip
+for _rest in (False, True):
+    ship(
+        f"vocab_grad bf16{' softcap entropy sum' if _rest else ''}", _grad_kernel,
+        f"*fp32 *i64 *fp32 *fp32 {_ROWS} *bf16 i32:16 i32:16 i32:16 i32 fp32", STEP=STEP, CAPPED=_rest, ENTROPY=_rest,
+        SUM=_rest,
+    )  # fmt: skip
+
+
 # --- launchers ---------------------------------------------------------------------------------------------------
 # On x (T, H) and labels (T,) without ignored rows; the head's columns are the ids first_id, first_id + 1, ...
 
@@ -110,18 +241,25 @@ class RunningStats(NamedTuple):
     argmax: torch.Tensor
 
     @staticmethod
-    def start(rows: int, acc: torch.dtype, entropy: bool, total: bool) -> RunningStats:
-        def zeros() -> torch.Tensor:
-            return torch.zeros(rows, dtype=acc)
+    def start(x: torch.Tensor, entropy: bool, total: bool) -> RunningStats:
+        rows, acc = len(x), acc_dtype(x.dtype)
 
-        m = torch.full((rows,), -torch.inf, dtype=acc)
-        argmax = torch.zeros(rows, dtype=torch.int64)
+        def zeros() -> torch.Tensor:
+            return x.new_zeros(rows, dtype=acc)
+
+        m = x.new_full((rows,), -torch.inf, dtype=acc)
+        argmax = x.new_zeros(rows, dtype=torch.int64)
         return RunningStats(m, zeros(), zeros() if entropy else None, zeros() if total else None, zeros(), argmax)
 
     def rows(self, r: slice) -> RunningStats:
         return RunningStats._make(None if t is None else t[r] for t in self)
 
     def finish(self, labels: torch.Tensor, first_id: int, vocab: int) -> Finished:
+        if on_gpu(labels):
+            log_l, at = self.l.log(), labels - first_id
+            logprob = (self.label - self.m - log_l).where((at >= 0) & (at < vocab), 0)
+            entropy = None if self.e is None else log_l - self.e / self.l
+            return Finished(log_l, self.m + log_l, logprob, entropy)
         entropy = None if self.e is None else torch.empty_like(self.m)
         done = Finished(torch.empty_like(self.m), torch.empty_like(self.m), torch.empty_like(self.m), entropy)
         native().vocab_finish(
@@ -146,37 +284,48 @@ def even_blocks(total: int, size: int) -> Iterator[slice]:
     return ranges(total, max(1, -(-total // max(1, -(-total // size)))))
 
 
-def buffer_columns(rows: int, vocab: int, acc: torch.dtype) -> int:
-    """Columns of logits of `rows` rows that fit the buffer, a multiple of STEP."""
-    return min(vocab, STEP * max(1, BUFFER_BYTES // (STEP * max(1, rows) * acc.itemsize)))
+def buffer_columns(x: torch.Tensor, rows: int, vocab: int) -> int:
+    """Columns of logits of `rows` rows of x that fit the buffer, a multiple of STEP."""
+    return min(vocab, STEP * max(1, buffer_bytes(x) // (STEP * max(1, rows) * acc_dtype(x.dtype).itemsize)))
 
 
-def product_dtype(dtype: torch.dtype, isa: str) -> torch.dtype:
+def product_dtype(x: torch.Tensor, isa: str) -> torch.dtype:
     """What the products of the backward multiply in. bf16 only where the CPU does so natively: without AVX-512 BF16 torch's
     bf16 product ran at 18 GFLOP/s, its fp32 product at 132 (2 cores of a Zen 3), so there a block of W at a time is converted.
     """
-    if dtype != torch.bfloat16:
-        return dtype
+    if x.dtype != torch.bfloat16 or on_gpu(x):
+        return x.dtype
     return torch.bfloat16 if (native().best_isa() if isa == "auto" else isa) == "avx512" else torch.float32
 
 
-def update_stats(logits, labels, first_id, softcap, running: RunningStats, isa) -> None:
+def update_stats(logits, labels, first_id, softcap, running: RunningStats, isa, exp=None) -> None:
+    """Merges the logits (rows, cols) of the ids from first_id on; with softcap the CPU replaces them by s. exp, on CUDA: the
+    (g, out) of vocab_stats_exp in csrc/cpu/vocab_stats.inc."""
+    if on_gpu(logits):
+        g, out = exp or (logits, logits)
+        m, l, e, total, label, argmax = running
+        launch(
+            _stats_kernel, (len(logits),), logits, labels, m, l, m if e is None else e, m if total is None else total, label,
+            argmax, g, out, logits.stride(0), g.stride(0), logits.shape[1], out.shape[1], first_id, softcap, STEP=STEP,
+            CAPPED=softcap > 0, ENTROPY=e is not None, SUM=total is not None, EXP=exp is not None, num_warps=4,
+        )  # fmt: skip
+        return
     native().vocab_stats(
         DTYPE_CODES[logits.dtype], address(logits), logits.stride(0), address(labels), *logits.shape, first_id, softcap,
         *map(address, running), threads(), isa,
     )  # fmt: skip
 
 
-def _stats(x, head: Head, labels, first_id, softcap, entropy, total, isa) -> RunningStats:
-    rows, vocab, acc = len(x), head.vocab, acc_dtype(x.dtype)
-    running = RunningStats.start(rows, acc, entropy, total)
+def _stats(x, head: Head, labels, first_id, softcap, entropy, total, numerics, isa) -> RunningStats:
+    rows, vocab = len(x), head.vocab
+    running = RunningStats.start(x, entropy, total)
     for r in even_blocks(rows, BLOCK_ROWS):
         height = r.stop - r.start
-        width = buffer_columns(height, vocab, acc)
-        buffer = torch.empty(height * width, dtype=acc)
+        width = buffer_columns(x, height, vocab)
+        buffer = x.new_empty(height * width, dtype=acc_dtype(x.dtype))
         for c in ranges(vocab, width):
             logits = buffer[: height * (c.stop - c.start)].view(height, -1)
-            head.logits(x, r, c, logits, isa)
+            head.logits(x, r, c, logits, isa, numerics=numerics)
             update_stats(logits, labels[r], first_id + c.start, softcap, running.rows(r), isa)
     return running
 
@@ -194,8 +343,16 @@ class StatsGrad(NamedTuple):
 
 
 def logits_grad(logits, labels, first_id, softcap, capped, m, log_l, entropy, d: StatsGrad, dtype, isa) -> torch.Tensor:
-    """The gradient by the logits, in their place where dtype is theirs."""
-    g = logits if dtype == logits.dtype else torch.empty(logits.shape, dtype=dtype)
+    """The gradient by the logits, in their place where dtype is theirs. capped: update_stats has seen them."""
+    g = logits if dtype == logits.dtype else logits.new_empty(logits.shape, dtype=dtype)
+    if on_gpu(logits):
+        grid = (len(logits), -(-logits.shape[1] // STEP))
+        rest = (m if t is None else t for t in (entropy, *d))
+        launch(
+            _grad_kernel, grid, logits, labels, m, log_l, *rest, g, logits.stride(0), g.stride(0), logits.shape[1], first_id,
+            softcap, STEP=STEP, CAPPED=softcap > 0, ENTROPY=d.dentropy is not None, SUM=d.dsum is not None, num_warps=4,
+        )  # fmt: skip
+        return g
     native().vocab_grad(
         DTYPE_CODES[logits.dtype], DTYPE_CODES[dtype], address(logits), logits.stride(0), address(labels), *logits.shape,
         first_id, softcap, capped, *map(address, (m, log_l, entropy, *d, g)), g.stride(0), threads(), isa,
@@ -206,20 +363,20 @@ def logits_grad(logits, labels, first_id, softcap, capped, m, log_l, entropy, d:
 def _recomputed(x, head: Head, labels, first_id, softcap, m, log_l, entropy, d, needs, isa):
     """(dx, dw, grad of the adapter) from the saved statistics; the vocabulary outside, the rows inside."""
     (rows, hidden), vocab = x.shape, head.vocab
-    acc, product = acc_dtype(x.dtype), product_dtype(x.dtype, isa)
+    acc, product = acc_dtype(x.dtype), product_dtype(x, isa)
     need_dx, need_dw, *needs_adapter = needs
-    dx = torch.zeros(rows, hidden, dtype=acc) if need_dx else None
+    dx = x.new_zeros(rows, hidden, dtype=acc) if need_dx else None
     dw = torch.empty_like(head.weight) if need_dw and isinstance(head.weight, torch.Tensor) else None
     grad = AdapterGrad.start(head, needs_adapter, acc)
     height = max((r.stop - r.start for r in even_blocks(rows, BLOCK_ROWS)), default=0)
-    width = head.converted_columns(buffer_columns(height, vocab, acc), product)
-    buffer = torch.empty(height * width, dtype=acc)
+    width = head.converted_columns(buffer_columns(x, height, vocab), product)
+    buffer = x.new_empty(height * width, dtype=acc)
     spare = None if grad.dgain is None else torch.empty_like(buffer)
     xp = x.to(product) if need_dw else x
     for c in ranges(vocab, width):
         columns = c.stop - c.start
         w = head.rows(c, product) if need_dx else None
-        dwc = torch.zeros(columns, hidden, dtype=acc) if need_dw else None
+        dwc = x.new_zeros(columns, hidden, dtype=acc) if need_dw else None
         for r in even_blocks(rows, BLOCK_ROWS):
             logits, sums = (None if t is None else t[: (r.stop - r.start) * columns].view(-1, columns) for t in (buffer, spare))
             head.logits(x, r, c, logits, isa, sums)
@@ -240,7 +397,7 @@ def _recomputed(x, head: Head, labels, first_id, softcap, m, log_l, entropy, d, 
 torch.library.define(
     "swiftk::vocab_stats_fwd",
     "(Tensor hidden, Tensor weight, Tensor labels, int ignore_index, int vocab_start, int vocab_size, float softcap, "
-    f"bool with_sum, bool with_entropy, {HEAD_SCHEMA}, str caller, str isa) -> "
+    f"bool with_sum, bool with_entropy, {HEAD_SCHEMA}, str caller, str numerics, str isa) -> "
     "(Tensor lse, Tensor label_logit, Tensor logprob, Tensor logit_sum, Tensor entropy, Tensor max_logit, Tensor argmax, "
     "Tensor log_l)",
 )
@@ -252,16 +409,17 @@ torch.library.define(
 )
 
 
-@torch.library.register_kernel("swiftk::vocab_stats_fwd", "cpu")
-def _vocab_stats_fwd_cpu(
+@torch.library.register_kernel("swiftk::vocab_stats_fwd", ("cpu", "cuda"))
+def _vocab_stats_fwd(
     hidden, weight, labels, ignore_index, vocab_start, vocab_size, softcap, with_sum, with_entropy, absmax, blocksize, s, b,
-    gain, caller, isa,
+    gain, caller, numerics, isa,
 ):  # fmt: skip
     kept = KeptRows(caller, labels, ignore_index, vocab_size)
     x, y = kept.take(hidden), kept.take(labels)
     head = Head.of(HeadArgs(weight, absmax, blocksize, s, b, gain), x, kept)
-    running = _stats(x, head, y, vocab_start, softcap, with_entropy, with_sum, isa)
+    running = _stats(x, head, y, vocab_start, softcap, with_entropy, with_sum, numerics, isa)
     log_l, lse, logprob, entropy = running.finish(y, vocab_start, head.vocab)
+    logprob = kept.poisoned(logprob)
     results = (lse, running.label, logprob, running.total, entropy, running.m, running.argmax, log_l)
     return tuple(kept.put(t, lse) for t in results)
 
@@ -269,7 +427,7 @@ def _vocab_stats_fwd_cpu(
 @torch.library.register_fake("swiftk::vocab_stats_fwd")
 def _vocab_stats_fwd_fake(
     hidden, weight, labels, ignore_index, vocab_start, vocab_size, softcap, with_sum, with_entropy, absmax, blocksize, s, b,
-    gain, caller, isa,
+    gain, caller, numerics, isa,
 ):  # fmt: skip
     def rows(present=True):
         return hidden.new_empty(hidden.shape[0] if present else 0, dtype=acc_dtype(hidden.dtype))
@@ -277,8 +435,8 @@ def _vocab_stats_fwd_fake(
     return rows(), rows(), rows(), rows(with_sum), rows(with_entropy), rows(), torch.empty_like(labels), rows()
 
 
-@torch.library.register_kernel("swiftk::vocab_stats_bwd", "cpu")
-def _vocab_stats_bwd_cpu(
+@torch.library.register_kernel("swiftk::vocab_stats_bwd", ("cpu", "cuda"))
+def _vocab_stats_bwd(
     dlse, dlabel, dsum, dentropy, hidden, weight, labels, max_logit, log_l, entropy, ignore_index, vocab_start, softcap,
     needs, absmax, blocksize, s, b, gain, isa,
 ):  # fmt: skip
@@ -299,21 +457,11 @@ def _vocab_stats_bwd_fake(
     return grads_fake(hidden, HeadArgs(weight, absmax, blocksize, s, b, gain), needs)
 
 
-@torch.library.register_kernel("swiftk::vocab_stats_fwd", "cuda")
-def _vocab_stats_fwd_cuda(*args):
-    no_cuda_kernel("vocab_stats")
-
-
-@torch.library.register_kernel("swiftk::vocab_stats_bwd", "cuda")
-def _vocab_stats_bwd_cuda(*args):
-    no_cuda_kernel("vocab_stats")
-
-
 # --- autograd ----------------------------------------------------------------------------------------------------
 
 
 def _stats_setup_context(ctx, inputs, output):
-    (hidden, weight, labels, ctx.ignore_index, ctx.vocab_start, _, ctx.softcap, _, _, absmax, ctx.blocksize, s, b, gain, _,
+    (hidden, weight, labels, ctx.ignore_index, ctx.vocab_start, _, ctx.softcap, _, _, absmax, ctx.blocksize, s, b, gain, _, _,
      ctx.isa) = inputs  # fmt: skip
     _, _, _, _, entropy, max_logit, argmax, log_l = output
     ctx.save_for_backward(hidden, weight, labels, max_logit, log_l, entropy, absmax, s, b, gain)
@@ -332,7 +480,7 @@ def _stats_backward(ctx, dlse, dlabel, dlogprob, dsum, dentropy, *_):
         ctx.ignore_index, ctx.vocab_start, ctx.softcap, needs, absmax, ctx.blocksize, s, b, gain, ctx.isa,
     )  # fmt: skip
     dx, dw, ds, db, dgain = (t if need else None for t, need in zip(grads, needs, strict=True))
-    return dx, dw, *[None] * 9, ds, db, dgain, None, None
+    return dx, dw, *[None] * 9, ds, db, dgain, None, None, None
 
 
 torch.library.register_autograd("swiftk::vocab_stats_fwd", _stats_backward, setup_context=_stats_setup_context)
@@ -364,7 +512,8 @@ def check_head(
 def vocab_stats(
     hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor, labels: torch.Tensor, *, adapter: Adapter | None = None,
     dropout: Dropout | None = None, vocab_start: int = 0, vocab_size: int | None = None, ignore_index: int = -100,
-    softcap: float = 0.0, logit_sum: bool = False, entropy: bool = False, isa: str = "auto", caller: str = "vocab_stats",
+    softcap: float = 0.0, logit_sum: bool = False, entropy: bool = False, numerics: str = "auto", isa: str = "auto",
+    caller: str = "vocab_stats",
 ) -> VocabStats:  # fmt: skip
     """What the rows [vocab_start, vocab_start + V) of the head say about each token: all that a loss is made of.
 
@@ -380,20 +529,23 @@ def vocab_stats(
         vocab_start: id of weight's first row. vocab_size: ids of the whole vocabulary; None: weight is all of it.
         softcap: logits become softcap * tanh(logits / softcap); 0: they do not.
         logit_sum, entropy: whether to return them too.
+        numerics: of the forward's products on CUDA, see `linear`: with "invariant" a row's results do not depend on the others.
         isa: instruction set of the CPU kernels: "auto", "avx512", "avx2" or "portable".
         caller: the function that the errors name.
-    Raises: ValueError for a wrong shape, dtype, device, isa, or a label outside the vocabulary (its position and id).
+    Raises: ValueError for a wrong shape, dtype, device, numerics, isa, or on the CPU a label outside the vocabulary (its
+        position and id); on CUDA its logprob is NaN. ImportError on CUDA without Triton.
     """
     check_head(caller, hidden, weight, labels, softcap, isa)
+    check_numerics(caller, numerics)
     size = vocab_start + weight.shape[0] if vocab_size is None else vocab_size
     if vocab_start < 0 or vocab_start + weight.shape[0] > size or (vocab_size is None and vocab_start):
         raise ValueError(
             f"vocab_stats: vocab_size has {vocab_size}, vocab_start {vocab_start} and {weight.shape[0]} rows of weight need "
             f"the size of the whole vocabulary, at least {vocab_start + weight.shape[0]}"
         )
-    base, *rest = head_args(caller, hidden, weight, labels, ignore_index, adapter, dropout, isa)
+    base, *rest = head_args(caller, hidden, weight, labels, ignore_index, adapter, dropout, numerics, isa)
     lse, label, logprob, total, ent, top, argmax, _ = torch.ops.swiftk.vocab_stats_fwd(
-        hidden, base, labels, ignore_index, vocab_start, size, softcap, logit_sum, entropy, *rest, caller, isa
+        hidden, base, labels, ignore_index, vocab_start, size, softcap, logit_sum, entropy, *rest, caller, numerics, isa
     )
     return VocabStats(lse, label, logprob, total if logit_sum else None, ent if entropy else None, top, argmax)
 

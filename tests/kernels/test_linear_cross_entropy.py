@@ -201,10 +201,10 @@ def test_opcheck_and_compile(dtype):
     x, w, y = make(5, 8, 300, dtype)
     x.requires_grad_(), w.requires_grad_()
     plain = (None, 0, None, None, None)
-    arguments = (x, w, y, torch.ones(5), IGNORE, 0.0, 0.0, 0.1, True, [True, True, False, False, False], *plain, "auto")
+    arguments = (x, w, y, torch.ones(5), IGNORE, 0.0, 0.0, 0.1, True, [True, True, False, False, False], *plain, "auto", "auto")
     torch.library.opcheck(torch.ops.swiftk.linear_cross_entropy_fwd.default, arguments)
     for need_dx, need_dw in itertools.product((False, True), repeat=2):
-        frozen = (x.detach(), w.detach(), *arguments[2:9], [need_dx, need_dw, False, False, False], *plain, "auto")
+        frozen = (x.detach(), w.detach(), *arguments[2:9], [need_dx, need_dw, False, False, False], *plain, "auto", "auto")
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(torch.ops.swiftk.linear_cross_entropy_fwd.default, frozen, test_utils=checks)
     for mode in MODES:
@@ -382,7 +382,7 @@ def test_adapted_ignored_rows_second_backward_compile_opcheck(mode, dtype):
     assert torch.equal(compiled, total) and all(map(torch.equal, torch.autograd.grad(compiled, leaves), first))
     none = torch.full_like(y, IGNORE)
     assert all((g == 0).all() for g in torch.autograd.grad(loss(x, none), leaves))
-    args = x.detach().nan_to_num().requires_grad_(), adapter.a, y, IGNORE, 0.75, *dropout_args(dropout), "auto"
+    args = x.detach().nan_to_num().requires_grad_(), adapter.a, y, IGNORE, 0.75, *dropout_args(dropout), "auto", "auto"
     torch.library.opcheck(torch.ops.swiftk.head_low_rank_fwd.default, args)
 
 

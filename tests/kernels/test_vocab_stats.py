@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from swiftk.kernels import _head
 from swiftk.kernels import vocab_stats as module
 from swiftk.kernels.vocab_stats import merge_vocab_stats, vocab_stats, vocab_stats_ref
 from swiftk.testing.accuracy import assert_accurate
@@ -75,7 +76,7 @@ def test_blocks_of_rows_and_columns_do_not_change_a_bit(monkeypatch):
     x, w, y = make(50, 16, 9001, torch.float32)
     whole = everything(x, w, y)
     monkeypatch.setattr(module, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(module, "BUFFER_BYTES", 16 * module.STEP * 4)
+    monkeypatch.setattr(_head, "BUFFER_BYTES", 16 * module.STEP * 4)
     assert all(torch.equal(a, b) for a, b in zip(whole, everything(x, w, y), strict=True))
 
 
@@ -84,7 +85,7 @@ def test_gradients_in_blocks_equal_gradients_at_once(monkeypatch):
     coefficients = torch.randn(5, 50, dtype=torch.float64)
     at_once = values_and_gradients(everything, x, w, y, coefficients, torch.float64)
     monkeypatch.setattr(module, "BLOCK_ROWS", 16)
-    monkeypatch.setattr(module, "BUFFER_BYTES", 16 * module.STEP * 8)
+    monkeypatch.setattr(_head, "BUFFER_BYTES", 16 * module.STEP * 8)
     in_blocks = values_and_gradients(everything, x, w, y, coefficients, torch.float64)
     for a, b in zip(at_once, in_blocks, strict=True):
         assert (a - b).abs().max() <= 1e-13 * max(1.0, b.abs().max())
@@ -125,7 +126,7 @@ def test_bf16_products_of_the_backward(monkeypatch):
     plain, exact = (
         values_and_gradients(vocab_stats_ref, x, w, y, coefficients, cast) for cast in (torch.bfloat16, torch.float64)
     )
-    monkeypatch.setattr(module, "product_dtype", lambda dtype, isa: dtype)
+    monkeypatch.setattr(module, "product_dtype", lambda x, isa: x.dtype)
     ours = values_and_gradients(everything, x, w, y, coefficients, torch.bfloat16)
     for name, a, b, c in zip(("dx", "dw"), ours[-2:], plain[-2:], exact[-2:], strict=True):
         assert_accurate(a, b, c, name)
@@ -179,7 +180,7 @@ def test_second_backward_and_double_backward():
 def test_opcheck_and_compile():
     x, w, y = make(5, 8, 300, torch.float32)
     x.requires_grad_(), w.requires_grad_()
-    arguments = (x, w, y, IGNORE, 0, 300, 0.0, True, True, None, 0, None, None, None, "vocab_stats", "auto")
+    arguments = (x, w, y, IGNORE, 0, 300, 0.0, True, True, None, 0, None, None, None, "vocab_stats", "auto", "auto")
     torch.library.opcheck(torch.ops.swiftk.vocab_stats_fwd.default, arguments)
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
     results = [

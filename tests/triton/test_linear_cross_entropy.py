@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from swiftk.kernels import _head, vocab_stats
+from swiftk.kernels import linear_cross_entropy as module
+from swiftk.kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_ref,
+    token_logprobs,
+    token_logprobs_ref,
+)
+from swiftk.testing.accuracy import assert_accurate
+from tests.triton.launched import check_operator, operators_take
+
+IGNORE = -100
+MODES = ["fused", "recompute"]
+
+
+def make(tokens, hidden, vocab, dtype, device):
+    x = torch.randn(tokens, hidden, device=device).to(dtype)
+    w = (2 * torch.randn(vocab, hidden, device=device) / hidden**0.5).to(dtype)
+    y = torch.randint(vocab, (tokens,), device=device)
+    y[1::5] = IGNORE
+    return x, w, y, torch.rand(tokens, device=device)
+
+
+def loss_and_gradients(f, x, w, y, weights, cast, frozen, **options):
+    xs, ws, ts = (t.detach().to(cast).requires_grad_(need) for t, need in ((x, True), (w, not frozen), (weights, True)))
+    loss, stats = f(xs, ws, y, token_weights=ts, **options)
+    return [loss, stats.lse, stats.label_logit, *torch.autograd.grad(loss, (xs, ts) if frozen else (xs, ts, ws))]
+
+
+def reference(x, w, y, token_weights, **options):
+    """Of the rows that are not ignored, spread over all."""
+    keep = y != IGNORE
+    loss, stats = linear_cross_entropy_ref(x[keep], w, y[keep], token_weights=token_weights[keep], **options)
+    return loss, type(stats)(*(torch.zeros_like(y, dtype=t.dtype).masked_scatter(keep, t) for t in stats))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Two blocks of rows, two of columns, in each of the passes."""
+    for m, name, size in (
+        (module, "BLOCK_ROWS", 8), (vocab_stats, "BLOCK_ROWS", 8), (module, "CUDA_TRAINED_ROWS", 8),
+        (module, "CUDA_LABEL_ROWS", 3), (_head, "CUDA_BUFFER_BYTES", 8 * _head.STEP * 4),
+    ):  # fmt: skip
+        monkeypatch.setattr(m, name, size)
+
+
+@pytest.mark.parametrize(("mode", "frozen"), [*itertools.product(MODES, [True, False])])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "z_loss": 0.01, "label_smoothing": 0.1}, {"label_smoothing": 0.2}])
+def test_values_and_gradients(options, mode, frozen, dtype, device, small_blocks):
+    args = make(12, 33, 4099, dtype, device)
+    with operators_take(dtype):
+        ours = loss_and_gradients(linear_cross_entropy, *args, dtype, frozen, mode=mode, **options)
+    plain, exact = (loss_and_gradients(reference, *args, cast, frozen, **options) for cast in (dtype, torch.float64))
+    for name, a, b, c in zip(("loss", "lse", "label_logit", "dx", "dweights", "dw"), ours, plain, exact, strict=False):
+        assert_accurate(a, b.to(a.dtype), c, name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_ignored_rows_are_never_seen(frozen, mode, device):
+    x, w, y, weights = make(11, 8, 300, torch.float32, device)
+    clean = loss_and_gradients(linear_cross_entropy, x, w, y, weights, torch.float32, frozen, mode=mode)
+    x[y == IGNORE], weights[y == IGNORE] = torch.nan, 7.0
+    got = loss_and_gradients(linear_cross_entropy, x, w, y, weights, torch.float32, frozen, mode=mode)
+    assert all(torch.equal(a, b) for a, b in zip(got, clean, strict=True))
+    assert (got[3][y == IGNORE] == 0).all()
+    none = loss_and_gradients(linear_cross_entropy, x, w, torch.full_like(y, IGNORE), weights, torch.float32, frozen, mode=mode)
+    assert all((t == 0).all() for t in none)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_label_outside_is_nan_not_a_number(mode, device):
+    x, w, y, _ = make(6, 8, 300, torch.float32, device)
+    y[3] = 300
+    loss, _ = linear_cross_entropy(x.requires_grad_(), w, y, mode=mode)
+    assert loss.isnan()
+
+
+def test_stats_and_correct(device):
+    x, w, y, _ = make(12, 16, 500, torch.float32, device)
+    z = x @ w.t()
+    y[:3] = z.argmax(-1)[:3]
+    y[1] = IGNORE
+    for mode in MODES:
+        _, stats = linear_cross_entropy(x.requires_grad_(), w, y, mode=mode, return_entropy=True)
+        assert torch.equal(stats.correct, (z.argmax(-1) == y) & (y != IGNORE))
+        want = torch.distributions.Categorical(logits=z.double()).entropy().where(y != IGNORE, 0)
+        assert_accurate(stats.entropy, want.float(), want)
+
+
+def test_token_logprobs(dtype, device):
+    x, w, y, _ = make(12, 33, 300, dtype, device)
+    y[y == IGNORE] = 5
+    results = []
+    for f, cast in ((token_logprobs, dtype), (token_logprobs_ref, dtype), (token_logprobs_ref, torch.float64)):
+        with operators_take(dtype):
+            xs = x.to(cast).requires_grad_()
+            logprobs = f(xs, w.to(cast), y)
+        results.append((logprobs, *torch.autograd.grad(logprobs.square().sum(), xs)))
+    for ours, plain, exact in zip(*results, strict=True):
+        assert_accurate(ours, plain, exact)
+
+
+@pytest.mark.parametrize(("mode", "frozen"), [*itertools.product(MODES, [True, False])])
+def test_operator(mode, frozen, device):
+    x, w, y, _ = make(5, 8, 300, torch.float32, device)
+    check_operator(lambda x, w: linear_cross_entropy(x, w, y, mode=mode, z_loss=0.1)[0], x.requires_grad_(),
+                   w.requires_grad_(not frozen))  # fmt: skip
