@@ -4,6 +4,11 @@ from collections.abc import Sequence
 
 __version__: str
 _Product = tuple[tuple[int, int], tuple[int, int], int, int, int, tuple[int, int], int]  # s, t, J, scale, bias, y, N
+# codes, absmax, blocksize, s, t, rank, scale, bias, y, N
+_Nf4OnGpu = tuple[
+    tuple[int, int], tuple[int, int, int, int, int, int], int, tuple[int, int], tuple[int, int], int, int, int, tuple[int, int],
+    int,
+]  # fmt: skip
 
 class Tape:
     """Records the calls of this thread between start and stop that csrc binds with `define`; run makes them again."""
@@ -35,6 +40,7 @@ def nf4_linear_fwd(
     dtype: int, acc_out: bool, x: tuple[int, int], weights: Sequence[tuple[tuple[int, int], tuple[int, int], bool, int]],
     products: Sequence[_Product], M: int, K: int, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
+def nf4_linear_as_on_gpu(x: tuple[int, int], M: int, K: int, wide: bool, products: Sequence[_Nf4OnGpu]) -> None: ...
 def dropout_fwd(
     dtype: int, x: int, ldx: int, y: int, ldy: int, rows: int, cols: int, scale: float, threshold: int, seed_step: int,
     layer: int, token_index: int, threads: int, isa: str,

@@ -25,4 +25,10 @@ PYBIND11_MODULE(_swiftk_cuda, m) {
                             reinterpret_cast<unsigned long long*>(first_bad), reinterpret_cast<Stream>(stream));
       },
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "nf4_linear",
+      [](const RowArgs& x, int64_t M, int64_t K, bool wide, const std::vector<ProductArgs>& products, uintptr_t stream) {
+        launch_nf4_linear(linear_args(x, M, K, wide, products), reinterpret_cast<Stream>(stream));
+      },
+      py::call_guard<py::gil_scoped_release>());
 }

@@ -1,9 +1,11 @@
 // The arguments of the bodies in nf4_body.h, from the addresses and sizes that kernels/nf4.py gives to either module.
 #pragma once
 
+#include <stdexcept>
 #include <tuple>
+#include <vector>
 
-#include "cuda/nf4_body.h"
+#include "cuda/nf4_linear_body.h"
 
 namespace swiftk::gpu {
 
@@ -28,6 +30,26 @@ inline Nf4Quantize quantize_args(uintptr_t x, int64_t ldx, int64_t rows, int64_t
                                  bool narrow, uintptr_t absmax) {
   return {reinterpret_cast<const void*>(x), ldx, rows, cols, log2_of(blocksize), reinterpret_cast<uint8_t*>(codes),
           reinterpret_cast<void*>(absmax), narrow};
+}
+
+
+using RowArgs = std::tuple<uintptr_t, int64_t>;  // address, row stride
+// codes, absmax, blocksize, s, t, rank, scale, bias, y, N
+using ProductArgs = std::tuple<RowArgs, ScaleArgs, int64_t, RowArgs, RowArgs, int, uintptr_t, uintptr_t, RowArgs, int64_t>;
+
+inline Nf4Linear linear_args(const RowArgs& x, int64_t M, int64_t K, bool wide, const std::vector<ProductArgs>& products) {
+  if (products.size() > size_t(kMaxProducts)) throw std::invalid_argument("nf4_linear: too many products in one launch");
+  const auto aligned = [](const RowArgs& rows, int bytes) { return std::get<0>(rows) % 16 == 0 && std::get<1>(rows) * bytes % 16 == 0; };
+  Nf4Linear a{reinterpret_cast<const uint16_t*>(std::get<0>(x)), std::get<1>(x), M, K, aligned(x, 2), wide, int(products.size()), {}};
+  for (size_t i = 0; i < products.size(); ++i) {
+    const auto& [codes, scales, blocksize, s, t, rank, scale, bias, y, N] = products[i];
+    a.product[i] = {reinterpret_cast<const uint8_t*>(std::get<0>(codes)), std::get<1>(codes), scales_of(scales), std::get<0>(scales),
+                    log2_of(blocksize), aligned(codes, 1), reinterpret_cast<const uint16_t*>(std::get<0>(s)),
+                    reinterpret_cast<const uint16_t*>(std::get<0>(t)), std::get<1>(s), std::get<1>(t), rank,
+                    reinterpret_cast<const float*>(scale), reinterpret_cast<const uint16_t*>(bias),
+                    reinterpret_cast<void*>(std::get<0>(y)), std::get<1>(y), N};
+  }
+  return a;
 }
 
 }  // namespace swiftk::gpu

@@ -1,14 +1,20 @@
-"""The CUDA kernels of nf4 on a CUDA device: the golden vectors, the bytes of the CPU's op, streams, graphs.
+"""The CUDA kernels of nf4 and nf4_linear on a CUDA device: golden vectors, the bytes of the CPU, products against fp64, rows by
+themselves, streams, graphs.
 
-tests/kernels/test_nf4.py runs the same bodies on the CPU; what only a GPU shows is its conversions, its loads and its launches.
+tests/kernels/test_nf4*.py run the same bodies on the CPU; what a GPU alone shows is its conversions, instructions and launches.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import swiftk.kernels.nf4_linear as module
+from swiftk.kernels.linear import Product, linear_ref
 from swiftk.kernels.nf4 import BLOCKSIZES, NF4Tensor, nf4_dequantize, nf4_dequantize_out, nf4_dequantize_ref, nf4_quantize
+from swiftk.kernels.nf4_linear import matmul_weight, nf4_linear, nf4_linear_group_out, nf4_linear_ref
+from swiftk.testing.accuracy import assert_accurate
 from tests.kernels.test_nf4 import CASES, DTYPES, THRESHOLDS, assert_golden, bits, same, source
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")]
@@ -118,3 +124,134 @@ def test_more_than_2_31_elements():
     for r in (0, rows - 9, rows - 1):
         row = w._replace(codes=codes[r : r + 1], absmax=w.absmax[r : r + 1])
         assert torch.equal(out[r].cpu(), nf4_dequantize(on_cpu(row))[0])
+
+
+# --- nf4_linear --------------------------------------------------------------------------------------------------
+
+
+def weight(N: int, K: int, dtype=torch.bfloat16, **options) -> NF4Tensor:
+    w = torch.randn(N, K) * torch.logspace(-2, 1, max(K, 1))[:K] * torch.rand(N, 1)
+    return on_cuda(nf4_quantize(w.to(dtype), **options))
+
+
+def accurate(y: torch.Tensor, x: torch.Tensor, w: NF4Tensor) -> None:
+    exact = nf4_linear_ref(x.double().cpu(), on_cpu(w))
+    plain = F.linear(x.float().cpu(), nf4_dequantize(on_cpu(w)).float()).to(y.dtype)
+    assert_accurate(y.cpu(), plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("N", "K", "options"),
+    [
+        (1, 1, {}), (17, 333, {}), (40, 2080, {"blocksize": 32}), (33, 4500, {"blocksize": 256}), (130, 4096, {}),
+        (35, 321, {"nested": True}), (1024, 512, {}), (0, 64, {}), (5, 0, {}),
+    ],
+)  # fmt: skip
+def test_products(N, K, options, dtype):
+    """In every number of rows that another tile or path takes; gradients by slices."""
+    w = weight(N, K, **options)
+    for M in (1, 2, 8, 9, 16, 33, 64, 65, 300):
+        x = torch.randn(M, K, device="cuda", dtype=torch.float64).to(dtype)
+        for numerics in ("auto", "invariant"):
+            y = nf4_linear(x, w, numerics=numerics)
+            assert y.shape == (M, N) and y.dtype == dtype
+            accurate(y, x, w)
+        dy = torch.randn(M, N, device="cuda", dtype=torch.float64).to(dtype)
+        exact = dy.double().cpu() @ nf4_dequantize(on_cpu(w)).double()
+        dx = matmul_weight(dy, w)
+        assert_accurate(dx.cpu(), (dy.cpu().float() @ nf4_dequantize(on_cpu(w)).float()).to(dtype), exact)
+
+
+def test_slices_of_a_large_weight(monkeypatch):
+    monkeypatch.setitem(module.SLICE_BYTES, "cuda", 100_000)
+    for dtype in DTYPES:
+        w, x = weight(300, 520, nested=True), torch.randn(100, 520, device="cuda").to(dtype)
+        accurate(nf4_linear(x, w), x, w)
+        dy = torch.randn(100, 300, device="cuda").to(dtype)
+        exact = dy.double().cpu() @ nf4_dequantize(on_cpu(w)).double()
+        plain = (dy.float().cpu() @ nf4_dequantize(on_cpu(w)).float()).to(dtype)
+        assert_accurate(matmul_weight(dy, w).cpu(), plain, exact)
+
+
+def test_a_row_is_a_function_of_that_row():
+    """Bitwise: any number of rows up to SMALL_ROWS, with "invariant" beyond, whatever the other rows are."""
+    w = weight(200, 4300)
+    x = torch.randn(300, 4300, device="cuda").bfloat16()
+    whole = nf4_linear(x, w, numerics="invariant")
+    for M in (1, 3, 8, 16, 17, 32, 64, 65, 200):
+        assert torch.equal(nf4_linear(x[:M], w, numerics="invariant"), whole[:M]), M
+        if M <= module.SMALL_ROWS:
+            assert torch.equal(nf4_linear(x[:M], w), whole[:M]), M
+    poisoned = x.clone()
+    poisoned[1:] = float("nan")
+    assert torch.equal(nf4_linear(poisoned, w, numerics="invariant")[0], whole[0])
+
+
+@pytest.mark.parametrize("M", [1, 12, 40, 100])
+def test_tail_scale_bias_and_groups(M):
+    x = torch.randn(M, 520, device="cuda").bfloat16()
+    weights = [weight(N, 520, nested=nested) for N, nested in ((70, False), (33, True), (16, False), (5, False), (48, False))]
+    s = torch.randn(M, 19, device="cuda").bfloat16()
+    for dtype in (torch.bfloat16, torch.float32):
+        group = []
+        for w in weights:
+            N = w.shape[0]
+            t, b = (torch.randn(shape, device="cuda").bfloat16() for shape in ((N, 19), (N,)))
+            y = torch.full((M, N), float("nan"), device="cuda", dtype=dtype)
+            group.append(Product(w, b, y, (s, t), torch.randn(N, device="cuda")))
+        nf4_linear_group_out(x, group)
+        for p in group:
+            d, (su, t) = nf4_dequantize(on_cpu(p.weight)), (u.cpu() for u in p.tail)
+            args = x.cpu(), d, p.bias.cpu()
+            plain, exact = (
+                linear_ref(*(u.to(wide) for u in args), tail=(su.to(wide), t.to(wide)), scale=p.scale.cpu())
+                for wide in (torch.float32, torch.float64)
+            )
+            assert_accurate(p.y.cpu(), plain.to(dtype), exact)
+
+
+def test_products_in_frames():
+    for K, left in ((33, 2), (130, 8), (512, 16), (515, 16), (512, 3)):
+        w, x = weight(18, K), torch.randn(10, K, device="cuda").bfloat16()
+        codes = torch.full((20, w.codes.shape[1] + 64), 255, dtype=torch.uint8, device="cuda")
+        codes[1:-1, left : left + w.codes.shape[1]] = w.codes
+        frame, out = (torch.full((12, n + 32), float("nan"), dtype=torch.bfloat16, device="cuda") for n in (K, 18))
+        frame[1:-1, left : left + K] = x
+        framed = w._replace(codes=codes[1:-1, left : left + w.codes.shape[1]])
+        nf4_linear_group_out(frame[1:-1, left : left + K], [Product(framed, None, out[1:-1, left : left + 18])])
+        assert torch.equal(out[1:-1, left : left + 18], nf4_linear(x, w))
+        out[1:-1, left : left + 18] = float("nan")
+        assert out.isnan().all()
+
+
+@pytest.mark.parametrize("M", [1, 40, 100])
+def test_products_on_a_side_stream_and_in_a_graph(M):
+    w, x = weight(130, 700), torch.randn(M, 700, device="cuda").bfloat16().requires_grad_()
+
+    def both():
+        y = nf4_linear(x, w)
+        return y, torch.autograd.grad(y.square().sum(), x)[0]
+
+    want = both()
+    assert all(torch.equal(a, b) for a, b in zip(want, both(), strict=True))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        got = both()
+    side.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    with torch.no_grad():
+        x.mul_(1.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, both(), strict=True))
+
+
+def test_compiled():
+    w, x = weight(40, 300), torch.randn(5, 300, device="cuda").bfloat16().requires_grad_()
+    compiled = torch.compile(lambda x: nf4_linear(x, w), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), nf4_linear(x, w))

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from swiftk.kernels import nf4_linear as module
-from swiftk.kernels._native import acc_dtype
-from swiftk.kernels.linear import Product, linear, linear_out
+from swiftk.kernels._native import acc_dtype, native
+from swiftk.kernels.linear import Product, linear, linear_out, linear_ref
 from swiftk.kernels.nf4 import NF4Tensor, nf4_dequantize, nf4_quantize
 from swiftk.kernels.nf4_linear import matmul_weight, nf4_linear, nf4_linear_group_out, nf4_linear_out, nf4_linear_ref
 from swiftk.testing.accuracy import assert_accurate
@@ -110,7 +110,7 @@ def test_values_and_gradients(shape, dtype, isa):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "K", "blocksize"), [(33, 1000, 64), (64, 257, 32), (5, 4097, 4096), (0, 64, 64), (7, 0, 64)])
 def test_dx_in_slices_of_bounded_size(N, K, blocksize, dtype, monkeypatch):
-    monkeypatch.setattr(module, "SLICE_BYTES", 20_000)
+    monkeypatch.setitem(module.SLICE_BYTES, "cpu", 20_000)
     sizes, dequantize = [], module.nf4_dequantize_out
     monkeypatch.setattr(module, "nf4_dequantize_out", lambda w, out: (sizes.append(out.numel()), dequantize(w, out)))
     w, dy = make(N, K, blocksize=blocksize) if N and K else nf4_quantize(torch.zeros(N, K)), torch.randn(9, N).to(dtype)
@@ -200,8 +200,8 @@ def test_gradient_of_the_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck_and_compile(dtype):
     w, (x, b) = make(6, 130, dtype), (t.requires_grad_() for t in inputs(4, 6, 130, dtype))
-    torch.library.opcheck(torch.ops.swiftk.nf4_linear_fwd.default, (x, w.codes, w.absmax, b, 130, 64, "auto"))
-    torch.library.opcheck(torch.ops.swiftk.nf4_linear_fwd.default, (x, w.codes, w.absmax, None, 130, 64, "auto"))
+    torch.library.opcheck(torch.ops.swiftk.nf4_linear_fwd.default, (x, w.codes, w.absmax, b, 130, 64, "auto", "auto"))
+    torch.library.opcheck(torch.ops.swiftk.nf4_linear_fwd.default, (x, w.codes, w.absmax, None, 130, 64, "auto", "auto"))
     dy = torch.randn(4, 6).to(dtype).requires_grad_()
     torch.library.opcheck(torch.ops.swiftk.nf4_linear_bwd.default, (dy, w.codes, w.absmax, 130, 64))
     for now in (w, nf4_quantize(torch.randn(6, 130), nested=True)):
@@ -210,6 +210,107 @@ def test_opcheck_and_compile(dtype):
             torch.autograd.grad(f(x, b).square().sum(), (x, b)) for f in (compiled, lambda x, b, w=now: nf4_linear(x, w, b))
         ]
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+# --- the CUDA kernel for few rows, lane after lane on the CPU --------------------------------------------------------
+# Which element meets which, and what is written where; the sums within an instruction are the hardware's (tests/gpu).
+
+
+def as_on_gpu(x: torch.Tensor, *products: Product) -> None:
+    args, _alive = module.few_rows_args(x, products)
+    native().nf4_linear_as_on_gpu(*args)
+
+
+def product(M, w, bias=None, dtype=torch.float32, **options) -> Product:
+    return Product(w, bias, torch.full((M, w.shape[0]), float("nan"), dtype=dtype), **options)
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "blocksize", "source", "nested"),
+    [
+        (1, 1, 64, torch.bfloat16, False), (16, 256, 64, torch.bfloat16, False), (17, 333, 64, torch.float32, False),
+        (40, 2080, 32, torch.bfloat16, False), (33, 4500, 256, torch.float32, False), (5, 2400, 4096, torch.bfloat16, False),
+        (35, 321, 32, torch.float32, True), (20, 640, 64, torch.float32, True),
+    ],
+)  # fmt: skip
+def test_values_as_on_a_gpu(N, K, blocksize, source, nested):
+    """Every tile of rows, several chunks a warp and fewer than one; unrounded sums against fp64, and the same for any M."""
+    w = make(N, K, source, blocksize=blocksize, nested=nested)
+    x, _ = inputs(70, N, K, torch.bfloat16)
+    exact, plain = nf4_linear_ref(x.double(), w), F.linear(x.float(), nf4_dequantize(w).float())
+    whole = product(70, w)
+    as_on_gpu(x, whole)
+    assert_accurate(whole.y, plain, exact)
+    for M in (1, 2, 8, 9, 16, 17, 33, 64):
+        part, narrow = product(M, w), product(M, w, dtype=torch.bfloat16)
+        as_on_gpu(x[:M], part)
+        as_on_gpu(x[:M], narrow)
+        assert torch.equal(part.y, whole.y[:M]) and torch.equal(narrow.y, part.y.bfloat16()), M
+
+
+def test_each_element_meets_its_own_as_on_a_gpu():
+    """One-hot rows of x: y is the weight itself, exactly."""
+    w = make(19, 600, torch.bfloat16)
+    for start in range(0, 600, 60):
+        x = torch.eye(600, dtype=torch.bfloat16)[start : start + 60]
+        p = product(60, w, dtype=torch.bfloat16)
+        as_on_gpu(x, p)
+        assert torch.equal(p.y, nf4_dequantize(w).t()[start : start + 60])
+
+
+@pytest.mark.parametrize("rank", [0, 1, 19])
+def test_tail_scale_and_bias_as_on_a_gpu(rank):
+    w, (x, b) = make(21, 300, torch.bfloat16), inputs(12, 21, 300, torch.bfloat16)
+    tail = tuple(torch.randn(n, rank).bfloat16() for n in (12, 21)) if rank else None
+    scale = torch.randn(21)
+    for dtype in (torch.float32, torch.bfloat16):
+        p = product(12, w, b, dtype, tail=tail, scale=scale)
+        as_on_gpu(x, p)
+        wide = None if tail is None else tuple(t.double() for t in tail)
+        exact = linear_ref(x.double(), nf4_dequantize(w).double(), b.double(), tail=wide, scale=scale.double())
+        plain = linear_ref(x.float(), nf4_dequantize(w).float(), b.float(), tail=tail, scale=scale).to(dtype)
+        assert_accurate(p.y, plain, exact)
+
+
+def test_a_group_equals_its_products_as_on_a_gpu():
+    x, _ = inputs(11, 1, 200, torch.bfloat16)
+    weights = [make(N, 200, blocksize=size, nested=nested) for N, size, nested in
+               ((40, 64, False), (3, 32, True), (32, 128, False), (16, 64, True))]  # fmt: skip
+    group = [product(11, w, inputs(1, w.shape[0], 1, torch.bfloat16)[1]) for w in weights]
+    as_on_gpu(x, *group)
+    for p in group:
+        alone = p._replace(y=torch.full_like(p.y, float("nan")))
+        as_on_gpu(x, alone)
+        assert torch.equal(p.y, alone.y) and not p.y.isnan().any()
+
+
+def test_frames_as_on_a_gpu():
+    """x and y in frames of NaN, codes in one of 0xff, at addresses that no vector divides and at some that it does."""
+    for K, blocksize, left in ((1, 64, 1), (33, 32, 2), (63, 64, 4), (130, 64, 8), (512, 64, 16), (515, 64, 16), (512, 64, 3)):
+        w, (x, b) = make(18, K, blocksize=blocksize), inputs(10, 18, K, torch.bfloat16)
+        codes = torch.full((20, w.codes.shape[1] + 64), 255, dtype=torch.uint8)
+        codes[1:-1, left : left + w.codes.shape[1]] = w.codes
+        if K % 2:
+            codes[1:-1, left + w.codes.shape[1] - 1] |= 15
+        absmax = torch.full((20, w.absmax.shape[1] + 2), float("nan"))
+        absmax[1:-1, 1:-1] = w.absmax
+        framed = NF4Tensor(codes[1:-1, left : left + w.codes.shape[1]], absmax[1:-1, 1:-1], K, blocksize)
+        outer, out = (torch.full((12, n + 32), float("nan"), dtype=torch.bfloat16) for n in (K, 18))
+        outer[1:-1, left : left + K] = x
+        want, got = product(10, w, b, torch.bfloat16), Product(framed, b, out[1:-1, left : left + 18])
+        as_on_gpu(x, want)
+        as_on_gpu(outer[1:-1, left : left + K], got)
+        assert not want.y.isnan().any() and torch.equal(got.y, want.y), K
+        out[1:-1, left : left + 18] = float("nan")
+        assert out.isnan().all()
+
+
+def test_sizes_of_zero_as_on_a_gpu():
+    w, b = nf4_quantize(torch.zeros(4, 0)), torch.randn(4).bfloat16()
+    p = product(3, w, b, torch.bfloat16)
+    as_on_gpu(torch.zeros(3, 0, dtype=torch.bfloat16), p)
+    assert torch.equal(p.y, b.expand(3, 4))
+    as_on_gpu(torch.zeros(3, 8, dtype=torch.bfloat16), product(3, nf4_quantize(torch.zeros(0, 8))), product(3, make(2, 8)))
 
 
 W = NF4Tensor(torch.zeros(3, 32, dtype=torch.uint8), torch.ones(3, 1), 64)
@@ -233,5 +334,7 @@ W = NF4Tensor(torch.zeros(3, 32, dtype=torch.uint8), torch.ones(3, 1), 64)
 def test_errors(args, message):
     with pytest.raises(ValueError, match=message):
         nf4_linear(*args)
+    with pytest.raises(ValueError, match="nf4_linear: numerics has 'exact', wants one of auto, invariant"):
+        nf4_linear(torch.randn(2, 64), W, numerics="exact")
     with pytest.raises(ValueError, match="nf4_linear: isa has 'sse9', wants one of"):
         nf4_linear(torch.randn(2, 64), W, isa="sse9")

@@ -1,0 +1,211 @@
+// y = scale (x D^T + s t^T) + bias for few rows of bf16 x, as what one warp does: csrc/cuda/nf4_linear.cu runs it in a grid,
+// csrc/cpu/nf4_linear.cpp lane after lane for the tests (whose `mma` is the layout of the instruction, written out).
+//
+// A block of threads takes 16 RT rows of the weight and 8 MT rows of x; its eight warps share out K in chunks of 256: warp w takes
+// the chunks w, w + 8, ... Every lane decodes 64 neighbours along K of two weight rows (a block's table is made once for them) into
+// the registers that mma.m16n8k16 wants of its left operand; codes never go through shared memory, and every weight of a chunk is
+// decoded once for all rows of x. K runs through the instruction in an order of its own, the same for x.
+// The order of a sum: a warp's chunks one after another, 16 elements an instruction, in one fp32 accumulator; then
+// ((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7)); then the tail by fused multiply-adds. RT and MT are not in it.
+// Sizes are reasoned from registers and bytes in flight, not measured: no GPU has run this.
+#pragma once
+
+#include "cuda/nf4_body.h"
+
+namespace swiftk::gpu {
+
+constexpr int kLinearWarps = 8, kChunk = 256, kMaxProducts = 4;
+
+struct Nf4Product {
+  const uint8_t* codes;
+  int64_t ld_codes;
+  Nf4Scales scales;
+  int scale_kind, shift;
+  bool vectors;  // every row of codes begins at 16 bytes
+  const uint16_t *s, *t;
+  int64_t ld_s, ld_t;
+  int rank;  // 0: no tail
+  const float* scale;
+  const uint16_t* bias;
+  void* y;
+  int64_t ld_y, N;
+};
+
+struct Nf4Linear {
+  const uint16_t* x;
+  int64_t ldx, M, K;
+  bool vectors;  // every row of x begins at 16 bytes
+  bool wide;     // fp32 y
+  int products;
+  Nf4Product product[kMaxProducts];
+};
+
+template <int RT, int MT> struct Nf4Lane {
+  uint32_t codes[RT][2][8];  // rows g and g + 8 of each 16, 64 elements of each
+  float absmax[RT][2][2];    // of the first and the second 32 of them
+  Nf4Planes planes[RT][2];
+  uint32_t a[2][RT][4], b[2][MT][2];  // the operands of two instructions
+  float acc[RT][MT][4];
+};
+
+SWIFTK_HD float nf4_scale(const Nf4Product& p, int64_t row, int64_t block) {
+  if (p.scale_kind == kScaleBf16) return nf4_scale<kScaleBf16>(p.scales, row, block);
+  return p.scale_kind == kScaleFp32 ? nf4_scale<kScaleFp32>(p.scales, row, block) : nf4_scale<kScaleNested>(p.scales, row, block);
+}
+
+SWIFTK_HD Vector16 load16(const void* from) {
+#if defined(__CUDA_ARCH__)
+  const uint4 v = __ldg(static_cast<const uint4*>(from));
+  return {{v.x, v.y, v.z, v.w}};
+#else
+  return *static_cast<const Vector16*>(from);
+#endif
+}
+
+// Eight elements of x, zeros beyond its rows and columns.
+SWIFTK_HD Vector16 load_x(const Nf4Linear& a, int64_t m, int64_t k) {
+  Vector16 v = {{0, 0, 0, 0}};
+  if (m >= a.M || k >= a.K) return v;
+  const uint16_t* from = a.x + m * a.ldx + k;
+  if (a.vectors && k + 8 <= a.K) return load16(from);
+  SWIFTK_UNROLL
+  for (int j = 0; j < 8; ++j)
+    if (k + j < a.K) v.word[j / 2] |= uint32_t(from[j]) << 16 * (j % 2);
+  return v;
+}
+
+// A lane's codes and absmax of the chunk that begins at k0; lane = 4 g + t.
+template <int RT, int MT> SWIFTK_HD void load_codes(const Nf4Linear& a, const Nf4Product& p, int64_t row0, int64_t k0, int lane, Nf4Lane<RT, MT>& s) {
+  const int64_t k = k0 + 64 * (lane % 4);
+  SWIFTK_UNROLL
+  for (int i = 0; i < 2 * RT; ++i) {
+    uint32_t* codes = s.codes[i / 2][i % 2];
+    float* absmax = s.absmax[i / 2][i % 2];
+    const int64_t row = row0 + 8 * i + lane / 4;
+    absmax[0] = absmax[1] = 0;  // whatever the codes are, their values are zeros
+    if (row >= p.N || k >= a.K) {
+      SWIFTK_UNROLL
+      for (int w = 0; w < 8; ++w) codes[w] = 0;
+      continue;
+    }
+    const uint8_t* from = p.codes + row * p.ld_codes;
+    if (p.vectors && k + 64 <= a.K) {
+      const Vector16 low = load16(from + k / 2), high = load16(from + k / 2 + 16);
+      SWIFTK_UNROLL
+      for (int w = 0; w < 4; ++w) codes[w] = low.word[w], codes[4 + w] = high.word[w];
+    } else {
+      SWIFTK_UNROLL
+      for (int w = 0; w < 8; ++w) codes[w] = nf4_codes8(from, k + 8 * w, a.K, false);
+    }
+    absmax[0] = nf4_scale(p, row, k >> p.shift);
+    if (p.shift == 5 && k + 32 < a.K) absmax[1] = nf4_scale(p, row, (k >> 5) + 1);
+  }
+}
+
+// The operands of two instructions from word w of the codes: four elements of each row to each.
+template <int RT, int MT> SWIFTK_HD void make_operands(const Nf4Linear& a, const Nf4Product& p, int64_t m0, int64_t k0, int w, int lane, Nf4Lane<RT, MT>& s) {
+  SWIFTK_UNROLL
+  for (int i = 0; i < 2 * RT; ++i) {
+    if (w == 0) s.planes[i / 2][i % 2] = nf4_planes(s.absmax[i / 2][i % 2][0]);
+    if (w == 4 && p.shift == 5) s.planes[i / 2][i % 2] = nf4_planes(s.absmax[i / 2][i % 2][1]);
+    uint32_t pairs[4];
+    nf4_decode8(s.codes[i / 2][i % 2][w], s.planes[i / 2][i % 2], pairs);
+    SWIFTK_UNROLL
+    for (int j = 0; j < 4; ++j) s.a[j / 2][i / 2][2 * (j % 2) + i % 2] = pairs[j];
+  }
+  SWIFTK_UNROLL
+  for (int i = 0; i < MT; ++i) {
+    const Vector16 x = load_x(a, m0 + 8 * i + lane / 4, k0 + 64 * (lane % 4) + 8 * w);
+    SWIFTK_UNROLL
+    for (int j = 0; j < 4; ++j) s.b[j / 2][i][j % 2] = x.word[j];
+  }
+}
+
+// Where a warp's partial sums lie: (warp, row of x, row of the weight)
+template <int RT, int MT> constexpr int kPartials = kLinearWarps * 8 * MT * 16 * RT;
+template <int RT, int MT> SWIFTK_HD int partial_at(int warp, int m, int row) { return (warp * 8 * MT + m) * 16 * RT + row; }
+
+template <int RT, int MT> SWIFTK_HD void store_partials(int warp, int lane, const Nf4Lane<RT, MT>& s, float* partials) {
+  SWIFTK_UNROLL
+  for (int r = 0; r < RT; ++r)
+    SWIFTK_UNROLL
+    for (int m = 0; m < MT; ++m)
+      SWIFTK_UNROLL
+      for (int j = 0; j < 4; ++j)
+        partials[partial_at<RT, MT>(warp, 8 * m + 2 * (lane % 4) + j % 2, 16 * r + lane / 4 + 8 * (j / 2))] = s.acc[r][m][j];
+}
+
+// Lanes: `each(f)` calls f(lane, its Nf4Lane) for every lane that it has, `mma()` multiplies the operands of all 32 together.
+template <int RT, int MT, class Lanes>
+SWIFTK_HD void nf4_linear_warp(const Nf4Linear& a, const Nf4Product& p, int64_t row0, int64_t m0, int warp, Lanes& lanes, float* partials) {
+  using Lane = Nf4Lane<RT, MT>;
+  lanes.each([&](int, Lane& s) {
+    SWIFTK_UNROLL
+    for (int i = 0; i < RT * MT * 4; ++i) s.acc[i / (MT * 4)][i / 4 % MT][i % 4] = 0;
+  });
+  for (int64_t k0 = int64_t(warp) * kChunk; k0 < a.K; k0 += kLinearWarps * kChunk) {
+    lanes.each([&](int lane, Lane& s) { load_codes(a, p, row0, k0, lane, s); });
+    SWIFTK_UNROLL
+    for (int w = 0; w < 8; ++w) {
+      lanes.each([&](int lane, Lane& s) { make_operands(a, p, m0, k0, w, lane, s); });
+      lanes.mma();
+    }
+  }
+  lanes.each([&](int lane, Lane& s) { store_partials(warp, lane, s, partials); });
+}
+
+SWIFTK_HD float fused(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+
+// After every warp has stored its sums: what a thread adds up, finishes and writes.
+template <int RT, int MT>
+SWIFTK_HD void nf4_linear_finish(const Nf4Linear& a, const Nf4Product& p, int64_t row0, int64_t m0, int thread, const float* partials) {
+  for (int i = thread; i < 16 * RT * 8 * MT; i += 32 * kLinearWarps) {
+    const int64_t n = row0 + i % (16 * RT), m = m0 + i / (16 * RT);
+    if (n >= p.N || m >= a.M) continue;
+    float sum[kLinearWarps];
+    SWIFTK_UNROLL
+    for (int w = 0; w < kLinearWarps; ++w) sum[w] = partials[partial_at<RT, MT>(w, i / (16 * RT), i % (16 * RT))];
+    SWIFTK_UNROLL
+    for (int step = 1; step < kLinearWarps; step *= 2)
+      SWIFTK_UNROLL
+      for (int w = 0; w < kLinearWarps; w += 2 * step) sum[w] = add(sum[w], sum[w + step]);
+    float y = sum[0];
+    for (int r = 0; r < p.rank; ++r) y = fused(widen(p.s[m * p.ld_s + r]), widen(p.t[n * p.ld_t + r]), y);
+    if (p.scale != nullptr) y = mul(y, p.scale[n]);
+    if (p.bias != nullptr) y = add(y, widen(p.bias[n]));
+    if (a.wide) static_cast<float*>(p.y)[m * p.ld_y + n] = y;
+    else static_cast<uint16_t*>(p.y)[m * p.ld_y + n] = uint16_t(pack_bf16(y, 0) & 0xffff);
+  }
+}
+
+// Calls f(RT, MT), as integral constants, with the tile for M rows of x. More rows of x take more rows of the weight with them, so
+// that x is read no more often than the codes are.
+template <int value> struct Constant {
+  static constexpr int v = value;
+};
+template <class F> void with_linear_tile(int64_t M, F&& f) {
+  if (M <= 8) f(Constant<1>{}, Constant<1>{});
+  else if (M <= 16) f(Constant<2>{}, Constant<2>{});
+  else if (M <= 32) f(Constant<2>{}, Constant<4>{});
+  else f(Constant<2>{}, Constant<8>{});
+}
+
+// The product and the first of its rows that the x-th block of a grid takes.
+SWIFTK_HD int64_t nf4_linear_place(const Nf4Linear& a, int rows, int64_t block, int& product) {
+  product = 0;
+  while (block >= (a.product[product].N + rows - 1) / rows) block -= (a.product[product].N + rows - 1) / rows, ++product;
+  return block * rows;
+}
+inline int64_t nf4_linear_blocks(const Nf4Linear& a, int rows) {
+  int64_t blocks = 0;
+  for (int i = 0; i < a.products; ++i) blocks += (a.product[i].N + rows - 1) / rows;
+  return blocks;
+}
+
+}  // namespace swiftk::gpu
