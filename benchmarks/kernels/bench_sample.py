@@ -15,8 +15,11 @@ SETTINGS = {  # temperature, top-k, top-p, min-p
 }  # fmt: skip
 
 
+SHAPES = {"cpu": [(1, 32_000), (1, 151_936), (64, 32_000)], "cuda": [(1, 151_936), (64, 151_936)]}
+
+
 def cases(options: Options) -> Iterator[Case]:
-    for rows, vocab in [(2, 3000)] if options.quick else [(1, 32_000), (1, 151_936), (64, 32_000)]:
+    for rows, vocab in [(2, 3000)] if options.quick else SHAPES[options.device]:
         logits = 3 * torch.randn(rows, vocab, device=options.device)  # nats apart as a trained model's are
         for name in SETTINGS if rows < 64 else ("greedy", "T=1", "top-p 0.9"):
             yield case(logits, name, options)
@@ -26,11 +29,13 @@ def cases(options: Options) -> Iterator[Case]:
 def case(logits: torch.Tensor, name: str, options: Options) -> Case:
     rows, vocab = logits.shape
     t, k, p, m = SETTINGS[name]
-    columns = (
-        torch.full((rows,), t), torch.full((rows,), k, dtype=torch.int32), torch.full((rows,), p), torch.full((rows,), m),
-        torch.arange(rows), torch.full((rows,), 17),
-    )  # fmt: skip
-    ids = torch.empty(rows, dtype=torch.int64)
+    columns = [
+        column.to(options.device) for column in (
+            torch.full((rows,), t), torch.full((rows,), k, dtype=torch.int32), torch.full((rows,), p), torch.full((rows,), m),
+            torch.arange(rows), torch.full((rows,), 17),
+        )
+    ]  # fmt: skip
+    ids = torch.empty(rows, dtype=torch.int64, device=options.device)
 
     def run():
         sample_out(logits, *columns, ids, options.isa)
