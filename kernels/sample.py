@@ -23,7 +23,7 @@ Not supported: typical and epsilon sampling, beams.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -346,7 +346,7 @@ def _sample_triton(logits, temperature, top_k, top_p, min_p, seeds, positions, i
     best, best_id = new(rows, blocks, dtype=torch.float64), new(rows, blocks, dtype=torch.int32)
     candidates, ld = new(rows, vocab, dtype=torch.int32), logits.stride(0)
     mass = torch.zeros(2, rows, BUCKETS, dtype=torch.int64, device=logits.device)
-    wide = {"BLOCK": BLOCK, "WIDTH": next_power_of_2(blocks), "fuse": False}
+    wide: dict[str, Any] = {"BLOCK": BLOCK, "WIDTH": next_power_of_2(blocks), "fuse": False}
     grid, row = (rows, blocks), (logits, tops, cut_z, cut_id, temperature)
     launch(_sample_scan_kernel, grid, *row[:4], ld, vocab, blocks, BLOCK=BLOCK, fuse=False)
     for weighted in (False, True):
@@ -361,7 +361,7 @@ def _sample_triton(logits, temperature, top_k, top_p, min_p, seeds, positions, i
 
 
 _ROW = "*fp32 *fp32 *fp32 *i32 *fp32"
-_WIDE = dict(BLOCK=BLOCK, WIDTH=128, fuse=False)  # a vocabulary of 151,936
+_WIDE: dict[str, Any] = dict(BLOCK=BLOCK, WIDTH=128, fuse=False)  # a vocabulary of 151,936
 ship("sample_scan fp32", _sample_scan_kernel, "*fp32 *fp32 *fp32 *i32 i32:16 i32:16 i32", BLOCK=BLOCK, fuse=False)
 for _weighted in (False, True):
     _name = "top-p" if _weighted else "top-k"
@@ -488,7 +488,10 @@ def sample(
     for name, (t, dtype) in columns.items():
         _check_column("sample", name, t, dtype, len(logits), f"logits {tuple(logits.shape)}", logits.device)
     ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    arguments = [t.contiguous() for t, _ in columns.values()]
+    arguments = (
+        temperature.contiguous(), top_k.contiguous(), top_p.contiguous(), min_p.contiguous(), seeds.contiguous(),
+        positions.contiguous(),
+    )  # fmt: skip
     if logits.is_cuda:
         sample_out(_rows(logits), *arguments, ids, isa)
         return ids

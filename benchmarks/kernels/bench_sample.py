@@ -29,13 +29,13 @@ def cases(options: Options) -> Iterator[Case]:
 def case(logits: torch.Tensor, name: str, options: Options) -> Case:
     rows, vocab = logits.shape
     t, k, p, m = SETTINGS[name]
-    columns = [
-        column.to(options.device) for column in (
-            torch.full((rows,), t), torch.full((rows,), k, dtype=torch.int32), torch.full((rows,), p), torch.full((rows,), m),
-            torch.arange(rows), torch.full((rows,), 17),
-        )
-    ]  # fmt: skip
-    ids = torch.empty(rows, dtype=torch.int64, device=options.device)
+    device = options.device
+    columns = (
+        torch.full((rows,), t, device=device), torch.full((rows,), k, dtype=torch.int32, device=device),
+        torch.full((rows,), p, device=device), torch.full((rows,), m, device=device), torch.arange(rows, device=device),
+        torch.full((rows,), 17, device=device),
+    )  # fmt: skip
+    ids = torch.empty(rows, dtype=torch.int64, device=device)
 
     def run():
         sample_out(logits, *columns, ids, options.isa)
