@@ -49,6 +49,21 @@ class Decoded:
 # --- transformers ------------------------------------------------------------------------------------------------
 
 
+def _on_our_tensors(ours: Model) -> Any:
+    import transformers
+
+    hf = transformers.AutoConfig.for_model(**ours.config.to_hf())
+    with torch.device("meta"):
+        model: Any = transformers.AutoModelForCausalLM.from_config(hf, dtype=ours.compute_dtype)
+    model.model.rotary_emb = type(model.model.rotary_emb)(hf).to(ours.device)  # its tables are in no checkpoint
+    for name, p in ours.named_parameters():
+        module, kind = name.rsplit(".", 1)
+        setattr(model.get_submodule(module), kind, torch.nn.Parameter(p.detach(), requires_grad=False))
+    model.tie_weights()
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers())), "a tensor of the peer without a value"
+    return model
+
+
 class _Stamps:
     """A streamer of transformers that only looks at the clock."""
 
@@ -63,12 +78,18 @@ class _Stamps:
 
 
 class Transformers:
-    def __init__(self, directory: str | Path, dtype: torch.dtype) -> None:
+    """On a checkpoint, or on the very tensors of a model of ours."""
+
+    def __init__(self, source: str | Path | Model, dtype: torch.dtype) -> None:
         import transformers
 
-        with _quiet_transformers():
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(directory), dtype=dtype)
+        if isinstance(source, Model):
+            model = _on_our_tensors(source)
+        else:
+            with _quiet_transformers():
+                model = transformers.AutoModelForCausalLM.from_pretrained(str(source), dtype=dtype)
         self.model = model.eval()
+        self.device = self.model.device
         self.attention = ""
 
     def choose(self, attention: str) -> None:
@@ -91,20 +112,22 @@ class Transformers:
     @torch.inference_mode()
     def logprobs(self, tokens: Sequence[int]) -> torch.Tensor:
         """(len(tokens) - 1,): of each token after the first."""
-        logits = self.model(torch.tensor([tokens])).logits[0, :-1].float()
-        return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        ids = torch.tensor([tokens], device=self.device)
+        return self.model(ids).logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].cpu()
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], new: int) -> Decoded:
         """Greedy, `new` tokens for each; several prompts are padded on the left."""
         longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts])
-        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=self.device)
         stamps = _Stamps() if len(prompts) == 1 else None
         begin = time.perf_counter()
         out = self.model.generate(
             ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, streamer=stamps
         )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - begin
         found = [] if stamps is None else [stamps.found[1:]]  # the first is the prompt's
         return Decoded(out[:, longest:].tolist(), found, seconds)

@@ -62,17 +62,23 @@ class Setting:
     dropout: float = 0.0  # of the adapters' inputs
     peer_checkpointing: bool = False  # the peer computes each block again in the backward
     device: str = "cpu"
-    drawn_there: bool = False  # weights from the device's generator: numpy would take minutes for 8e9 of them
+    drawn_there: bool = False  # weights as `drawn_model` has them
+
+
+def drawn(spec: ParamSpec, std: float, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """A first value from the device's generator."""
+    if len(spec.shape) == 1:
+        return initial_value(spec, SEED, std).to(device)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(spec.name.encode()))
+    return torch.empty(spec.shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
 
 
 def first_value(spec: ParamSpec, setting: Setting) -> torch.Tensor:
     """Of a parameter that is no adapter's, on the device: the same one for ours and the peer."""
     std = setting.config.initializer_range
-    if not setting.drawn_there or len(spec.shape) == 1:
-        return initial_value(spec, SEED, std).to(setting.device)
-    generator = torch.Generator(setting.device).manual_seed(zlib.crc32(spec.name.encode()))
-    value = torch.empty(spec.shape, dtype=setting.dtype, device=setting.device)
-    return value.normal_(0.0, std, generator=generator)
+    if setting.drawn_there:
+        return drawn(spec, std, setting.dtype, setting.device)
+    return initial_value(spec, SEED, std).to(setting.device)
 
 
 def missing_packages(tuner: str) -> list[str]:
@@ -109,23 +115,28 @@ class Candidate:
 
 
 @torch.no_grad()
-def our_model(setting: Setting) -> Model:
-    options: dict[str, Any] = {
-        "compute_dtype": setting.dtype, "isa": setting.isa, "recompute": setting.recompute, "tuner": tuner_config(setting),
-    }  # fmt: skip
-    if not setting.drawn_there:
-        return Model(setting.config, Mesh.single(), seed=SEED, **options).to(setting.device)
-    with torch.device(setting.device):  # where its empty tensors are made
-        model = Model(setting.config, Mesh.single(), seed=None, **options)
-    model.to(setting.device)  # the adapters, which are drawn
+def drawn_model(config: ModelConfig, dtype: torch.dtype, device: str, tuner: TunerConfig, **options: Any) -> Model:
+    """On the device, its weights from the device's generator: numpy would take minutes for 8e9 of them."""
+    with torch.device(device):  # where its empty tensors are made
+        model = Model(config, Mesh.single(), compute_dtype=dtype, seed=None, tuner=tuner, **options)
+    model.to(device)  # the adapters, which are drawn as ever
     params, leaves = dict(model.named_parameters()), model.linears()
     for name, spec in model.specs.items():
         module = name.removesuffix(".weight")
         if module in model.tuning.quantised:
-            leaves[module].set_nf4(nf4_quantize(first_value(spec, setting)))
+            leaves[module].set_nf4(nf4_quantize(drawn(spec, config.initializer_range, dtype, device)))
         elif not is_adapter(name):
-            params[name].copy_(first_value(spec, setting))
+            params[name].copy_(drawn(spec, config.initializer_range, dtype, device))
     return model
+
+
+def our_model(setting: Setting) -> Model:
+    tuner = tuner_config(setting)
+    options: dict[str, Any] = {"isa": setting.isa, "recompute": setting.recompute}
+    if setting.drawn_there:
+        return drawn_model(setting.config, setting.dtype, setting.device, tuner, **options)
+    model = Model(setting.config, Mesh.single(), compute_dtype=setting.dtype, seed=SEED, tuner=tuner, **options)
+    return model.to(setting.device)
 
 
 def ours(setting: Setting) -> Candidate:

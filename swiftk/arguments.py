@@ -66,6 +66,7 @@ CHOICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # key -> (accep
     "torch_dtype": (("bfloat16", "float32", "float64"), ("float16",)),
     "device": (("auto", "cpu", "cuda"), ()),
     "isa": (("auto", "avx512", "avx2", "portable"), ()),
+    "numerics": (("auto", "invariant"), ()),
     "report_to": (("tensorboard", "none"), ("wandb", "swanlab", "mlflow")),
 }
 ONE_SO_FAR = {

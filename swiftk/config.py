@@ -108,6 +108,7 @@ class RunConfig:
     torch_dtype: str | None = None  # bfloat16 | float32 | float64, of compute; None: bf16 if the GPU or CPU has it, else fp32
     device: str = "auto"  # auto: the CUDA device of the rank where torch sees one, else the CPU | cpu | cuda
     isa: str = "auto"  # of the CPU: auto | avx512 | avx2 | portable
+    numerics: str = "auto"  # of a GPU's forward products: auto (the vendor's) | invariant (a row's do not depend on other rows)
     torch_compile: bool = False  # each block through torch.compile; the first steps take minutes
     peak_tflops: float | None = None  # of one rank, for MFU; None: measured with a matmul at the start
     check_trained: bool = False  # an error after the first step, and at the end, if a trained tensor has not moved

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from swiftk.benchmarks import bench_decode, decode_variants, report
+from swiftk.benchmarks import bench_decode, decode_peers, decode_variants, report
 from swiftk.benchmarks.bench_decode import QUICK, TINY, Bench
 from swiftk.benchmarks.harness import Limits, Options
 from swiftk.model.adapter import resolve
@@ -44,6 +44,15 @@ def test_a_quick_run_reports_every_work(capsys):
     assert [line.split(" | ")[0] for line in table.splitlines()[4:]] == [f"| {r['work']}" for r in records]
     shown = capsys.readouterr().out
     assert all(f"{r['value']:.4g} {r['unit']}" in shown and r["case"] in shown for r in records)
+
+
+def test_a_peer_on_our_own_tensors_is_the_one_that_reads_our_checkpoint(tmp_path):
+    pytest.importorskip("transformers")
+    one = bench(tmp_path)
+    model = one.model(TINY)
+    from_disk, shared = one.transformers(TINY), decode_peers.Transformers(model, torch.float32)
+    assert torch.equal(from_disk.logprobs([5, 6, 7]), shared.logprobs([5, 6, 7]))
+    assert shared.model.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
 def test_one_set_of_weights_is_checked_against_transformers(tmp_path):
@@ -146,7 +155,7 @@ def test_products_by_torch_give_the_same_text_in_their_own_bits(choice, monkeypa
 def test_unknown_works_and_dtypes_are_named(capsys):
     for options, arguments, message in (
         (Options(), ["--only", "nope"], "invalid choice: 'nope'"),
-        (Options(device="cuda"), [], "no CUDA kernels yet"),
+        (Options(device="cuda"), ["--only", "prefix"], "invalid choice: 'prefix'"),
         (Options(dtypes=("float64",)), [], "wants float32 or bfloat16"),
     ):
         with pytest.raises(SystemExit):

@@ -29,8 +29,9 @@ def token_loss(model: Model, batch: Batch, *, seed_step: torch.Tensor | None = N
     hidden = model(batch.input_ids, batch.positions, batch.cu_seqlens, seed_step=seed_step, token_index=token_index)
     head = model.head(seed_step, token_index)
     total, stats = linear_cross_entropy(
-        hidden, head.weight, batch.labels, adapter=head.adapter, dropout=head.dropout, ignore_index=IGNORE_INDEX, isa=isa
-    )
+        hidden, head.weight, batch.labels, adapter=head.adapter, dropout=head.dropout, ignore_index=IGNORE_INDEX,
+        numerics=model.numerics, isa=isa,
+    )  # fmt: skip
     trained = batch.labels != IGNORE_INDEX
     per_token = torch.where(trained, stats.lse - stats.label_logit, 0.0)
     return TokenLoss(total, (stats.correct & trained).sum(), per_token)

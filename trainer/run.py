@@ -210,7 +210,7 @@ def run(
     dtype = compute_dtype(config.torch_dtype, config.isa, device)
     model = Model(
         shape, mesh, compute_dtype=dtype, seed=None if config.model else config.seed, isa=config.isa,
-        recompute=config.recompute_granularity, tuner=tuner, adapter_seed=config.seed,
+        numerics=config.numerics, recompute=config.recompute_granularity, tuner=tuner, adapter_seed=config.seed,
     )  # fmt: skip
     params = dict(model.named_parameters())
     start = model.pissa_start()

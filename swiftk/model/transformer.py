@@ -68,11 +68,13 @@ class Ops:
     lora_linear_group: Callable[..., tuple[torch.Tensor, ...]]
 
     @staticmethod
-    def native(isa: str) -> Ops:
+    def native(isa: str, numerics: str = "auto") -> Ops:
         bound: dict[str, Any] = {
             op.__name__: functools.partial(op, isa=isa)
-            for op in (linear, rms_norm, rope, swiglu, varlen_attention, nf4_linear, lora_linear, lora_linear_group)
+            for op in (rms_norm, rope, swiglu, varlen_attention, lora_linear, lora_linear_group)
         }
+        for product in (linear, nf4_linear):
+            bound[product.__name__] = functools.partial(product, isa=isa, numerics=numerics)
         return Ops(**bound)
 
     def product(
@@ -327,6 +329,8 @@ class Model(nn.Module):
         seed: of the initial weights, which depend on (seed, name) and not on the mesh; None leaves them uninitialised,
             for `load_checkpoint`.
         isa: instruction set of the CPU kernels: "auto", "avx512", "avx2" or "portable".
+        numerics: of the forward products on a GPU: "auto" (the vendor's) or "invariant" (row m depends on row m alone; on the
+            CPU it does in any case).
         recompute: activations computed again in the backward: "none", "selective" or "full"; results are bitwise equal.
             With "selective", a forward can be followed by one backward (no retain_graph).
         tuner: adapters, quantisation, frozen parameters; the default is none of them. With seed None and an adapter,
@@ -343,8 +347,8 @@ class Model(nn.Module):
 
     def __init__(
         self, config: ModelConfig, mesh: Mesh, *, compute_dtype: torch.dtype = torch.float32, seed: int | None = 0,
-        isa: str = "auto", recompute: str = "selective", tuner: TunerConfig = NO_TUNER, adapter_seed: int = 0,
-        trainable: Callable[[str], bool] | None = None, ops: Ops | None = None,
+        isa: str = "auto", numerics: str = "auto", recompute: str = "selective", tuner: TunerConfig = NO_TUNER,
+        adapter_seed: int = 0, trainable: Callable[[str], bool] | None = None, ops: Ops | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         for axis in ("pp", "cp", "ep", "tp"):
@@ -359,7 +363,7 @@ class Model(nn.Module):
         self.specs = param_specs(config, mesh, self.tuning)
         held = frozen(tuner, {name: spec.shape for name, spec in self.specs.items()})
         trains = trainable or (lambda name: self.tuning.trains(name) and name not in held)
-        self.ops, self.isa = Ops.native(isa) if ops is None else ops, isa
+        self.ops, self.isa, self.numerics = Ops.native(isa, numerics) if ops is None else ops, isa, numerics
         master = torch.promote_types(compute_dtype, torch.float32)
 
         def new(name: str) -> nn.Parameter | None:
