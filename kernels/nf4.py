@@ -123,7 +123,7 @@ def nf4_quantize_ref(weight: torch.Tensor, blocksize: int = 64) -> tuple[torch.T
     K = weight.shape[-1]
     x = torch.nn.functional.pad(weight.float(), (0, -K % blocksize)).unflatten(-1, (-1, blocksize))
     absmax, v = _scaled(x)
-    codes = torch.bucketize(v, _thresholds(torch.tensor(VALUES))).flatten(-2)[..., : K + K % 2].to(torch.uint8)
+    codes = torch.bucketize(v, _thresholds(torch.tensor(VALUES, device=v.device))).flatten(-2)[..., : K + K % 2].to(torch.uint8)
     return codes[..., ::2] << 4 | codes[..., 1::2], absmax
 
 
@@ -132,7 +132,7 @@ def nf4_dequantize_ref(w: NF4Tensor, dtype: torch.dtype = torch.bfloat16) -> tor
     K = w.in_features
     codes = torch.stack((w.codes >> 4, w.codes & 15), -1).flatten(-2)[..., :K]
     absmax = w.absmax_fp32().repeat_interleave(w.blocksize, -1)[..., :K]
-    return (torch.tensor(VALUES)[codes.int()] * absmax).to(dtype)
+    return (torch.tensor(VALUES, device=absmax.device)[codes.int()] * absmax).to(dtype)
 
 
 # --- nested ------------------------------------------------------------------------------------------------------

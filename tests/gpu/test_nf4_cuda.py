@@ -114,6 +114,7 @@ def test_a_side_stream_and_a_graph():
     assert captured[3, 64:128].isnan().all() and torch.equal(captured[4:], want[4:])
 
 
+@pytest.mark.long
 def test_more_than_2_31_elements():
     if torch.cuda.mem_get_info()[0] < 16 << 30:
         pytest.skip("wants 16 GB of device memory")
