@@ -41,6 +41,10 @@ def nf4_linear_fwd(
     products: Sequence[_Product], M: int, K: int, threads: int, isa: str,
 ) -> None: ...  # fmt: skip
 def nf4_linear_as_on_gpu(x: tuple[int, int], M: int, K: int, wide: bool, products: Sequence[_Nf4OnGpu]) -> None: ...
+def nf4_linear_dx_as_on_gpu(
+    dy: tuple[int, int], M: int, N: int, K: int, codes: tuple[int, int], scales: tuple[int, int, int, int, int, int],
+    blocksize: int, splits: int, out: int,
+) -> None: ...  # fmt: skip
 def dropout_fwd(
     dtype: int, x: int, ldx: int, y: int, ldy: int, rows: int, cols: int, scale: float, threshold: int, seed_step: int,
     layer: int, token_index: int, threads: int, isa: str,

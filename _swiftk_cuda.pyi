@@ -19,3 +19,7 @@ def nf4_quantize(
     stream: int,
 ) -> None: ...  # fmt: skip
 def nf4_linear(x: tuple[int, int], M: int, K: int, wide: bool, products: Sequence[_Nf4OnGpu], stream: int) -> None: ...
+def nf4_linear_dx(
+    dy: tuple[int, int], M: int, N: int, K: int, codes: tuple[int, int], scales: tuple[int, int, int, int, int, int],
+    blocksize: int, splits: int, out: int, stream: int,
+) -> None: ...  # fmt: skip

@@ -31,4 +31,11 @@ PYBIND11_MODULE(_swiftk_cuda, m) {
         launch_nf4_linear(linear_args(x, M, K, wide, products), reinterpret_cast<Stream>(stream));
       },
       py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "nf4_linear_dx",
+      [](const RowArgs& dy, int64_t M, int64_t N, int64_t K, const RowArgs& codes, const ScaleArgs& scales, int64_t blocksize,
+         int splits, uintptr_t out, uintptr_t stream) {
+        launch_nf4_linear_dx(linear_dx_args(dy, M, N, K, codes, scales, blocksize, splits, out), reinterpret_cast<Stream>(stream));
+      },
+      py::call_guard<py::gil_scoped_release>());
 }

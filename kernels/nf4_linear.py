@@ -12,6 +12,7 @@ On CUDA `numerics` chooses (the weights are the same bf16 values everywhere):
 - bf16 and up to SMALL_ROWS rows, or "invariant" for any number: csrc/cuda/nf4_linear.cu, which decodes into the registers that
   the tensor cores read; row m of y is a function of x[m], W and b alone. Its order over K (nf4_linear_body.h) is no CPU's.
 - else, and in fp32 and fp64: dequantised, SLICE_BYTES of D at a time, and `linear` with the same numerics.
+dx of up to SMALL_DX_ROWS rows of bf16 has a kernel of the same kind; it is repeatable, and with "invariant" no more than that.
 
 Backward: dx = dy D, by torch.matmul on slices of D's columns that are dequantised one after another (`matmul_weight`);
 db = sum of dy over rows. The weight is frozen: codes and absmax get no gradient.
@@ -54,6 +55,8 @@ SLICE_BYTES = {"cpu": 32 << 20, "cuda": 128 << 20}
 # Rows that are multiplied as the weight is decoded: 0.53 bytes a weight, where dequantising and a GEMM move 4.5; every further
 # 64 rows decode it again. Reasoned: no GPU has measured the crossing.
 SMALL_ROWS = 64
+SMALL_DX_ROWS = 32  # the same of dx, whose kernel makes four times as many tables and decodes again every 16 rows
+BLOCKS = 264  # of threads that dx is shared out to: two for each multiprocessor of an H200
 MAX_PRODUCTS = 4  # of one launch, as in csrc/cuda/nf4_linear_body.h
 
 # --- launchers ---------------------------------------------------------------------------------------------------
@@ -143,7 +146,27 @@ def _nf4_linear_fwd(x, codes, absmax, bias, in_features, blocksize, numerics, is
     return y
 
 
-@torch.library.register_kernel("swiftk::nf4_linear_bwd", ("cpu", "cuda"))
+def few_rows_dx_args(dy: torch.Tensor, w: NF4Tensor) -> tuple[tuple, torch.Tensor, list]:
+    """The arguments of csrc/cuda's nf4_linear_dx, its result, partial sums fp32 (splits, M, K), and whose memory they name."""
+    scales, alive = scale_args(w)
+    (M, N), K = dy.shape, w.in_features
+    splits = max(min(-(-BLOCKS // max(-(-K // 128), 1)), -(-N // 128)), 1)  # not by M; at least 16 rows for each of 8 warps
+    partials = dy.new_empty(splits, M, K, dtype=torch.float32)
+    args = row_args(dy), M, N, K, row_args(w.codes), scales, w.blocksize, splits, partials.data_ptr()
+    return args, partials, [*alive, dy, w.codes]
+
+
+@torch.library.register_kernel("swiftk::nf4_linear_bwd", "cuda")
+def _nf4_linear_bwd_cuda(dy, codes, absmax, in_features, blocksize):
+    if dy.dtype != torch.bfloat16 or dy.shape[0] > SMALL_DX_ROWS:
+        return _nf4_linear_bwd(dy, codes, absmax, in_features, blocksize)
+    w = NF4Tensor(with_rows(codes), with_rows(absmax), in_features, blocksize)
+    args, partials, alive = few_rows_dx_args(with_rows(dy), w)
+    on_stream(native_cuda().nf4_linear_dx, dy.device, *args)
+    del alive  # until here
+    return partials.sum(0).to(dy.dtype)
+
+
 def _nf4_linear_bwd(dy, codes, absmax, in_features, blocksize):
     N, operand = codes.shape[0], matmul_dtype(dy)
     a, dx = dy.to(operand), dy.new_empty(dy.shape[0], in_features)
@@ -157,6 +180,9 @@ def _nf4_linear_bwd(dy, codes, absmax, in_features, blocksize):
         nf4_dequantize_out(NF4Tensor(*columns, stop - k, blocksize), d)
         dx[:, k:stop] = a @ d.to(operand)
     return dx
+
+
+torch.library.register_kernel("swiftk::nf4_linear_bwd", "cpu", _nf4_linear_bwd)
 
 
 @torch.library.register_fake("swiftk::nf4_linear_fwd")
@@ -175,7 +201,8 @@ def _nf4_linear_bwd_fake(dy, codes, absmax, in_features, blocksize):
 def matmul_weight(dy: torch.Tensor, w: NF4Tensor) -> torch.Tensor:
     """dy (M, N) @ D (N, K) -> (M, K) in dy's dtype, accumulated in at least fp32 and rounded once; differentiable in dy.
 
-    The vendor's GEMM on slices of D's columns, so that no sum is split: at most SLICE_BYTES of D are there at a time.
+    The vendor's GEMM on slices of D's columns, so that no sum is split: at most SLICE_BYTES of D are there at a time. For few
+    rows on CUDA a kernel that decodes D as it multiplies.
     """
     absmax = w.absmax if w.nested is None else w.absmax_fp32()
     return torch.ops.swiftk.nf4_linear_bwd(dy, w.codes, absmax, w.in_features, w.blocksize)

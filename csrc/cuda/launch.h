@@ -1,7 +1,7 @@
 // What csrc/bindings_cuda.cpp binds: launches on a stream (a cudaStream_t), which throw std::runtime_error where CUDA refuses one.
 #pragma once
 
-#include "cuda/nf4_linear_body.h"
+#include "cuda/nf4_linear_dx_body.h"
 
 namespace swiftk::gpu {
 
@@ -11,5 +11,6 @@ void launch_nf4_dequantize(const Nf4Dequantize&, int scale_kind, bool wide, Stre
 // first_bad: the least block that is not finite, as atomicMin finds it
 void launch_nf4_quantize(const Nf4Quantize&, int dtype, unsigned long long* first_bad, Stream);
 void launch_nf4_linear(const Nf4Linear&, Stream);
+void launch_nf4_linear_dx(const Nf4LinearDx&, Stream);
 
 }  // namespace swiftk::gpu

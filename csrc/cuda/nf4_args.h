@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cuda/nf4_linear_body.h"
+#include "cuda/nf4_linear_dx_body.h"
 
 namespace swiftk::gpu {
 
@@ -37,19 +37,28 @@ using RowArgs = std::tuple<uintptr_t, int64_t>;  // address, row stride
 // codes, absmax, blocksize, s, t, rank, scale, bias, y, N
 using ProductArgs = std::tuple<RowArgs, ScaleArgs, int64_t, RowArgs, RowArgs, int, uintptr_t, uintptr_t, RowArgs, int64_t>;
 
+// Whether every row begins at a multiple of `to` bytes.
+inline bool aligned(const RowArgs& rows, int itemsize, int to) { return std::get<0>(rows) % to == 0 && std::get<1>(rows) * itemsize % to == 0; }
+
 inline Nf4Linear linear_args(const RowArgs& x, int64_t M, int64_t K, bool wide, const std::vector<ProductArgs>& products) {
   if (products.size() > size_t(kMaxProducts)) throw std::invalid_argument("nf4_linear: too many products in one launch");
-  const auto aligned = [](const RowArgs& rows, int bytes) { return std::get<0>(rows) % 16 == 0 && std::get<1>(rows) * bytes % 16 == 0; };
-  Nf4Linear a{reinterpret_cast<const uint16_t*>(std::get<0>(x)), std::get<1>(x), M, K, aligned(x, 2), wide, int(products.size()), {}};
+  Nf4Linear a{reinterpret_cast<const uint16_t*>(std::get<0>(x)), std::get<1>(x), M, K, aligned(x, 2, 16), wide, int(products.size()), {}};
   for (size_t i = 0; i < products.size(); ++i) {
     const auto& [codes, scales, blocksize, s, t, rank, scale, bias, y, N] = products[i];
     a.product[i] = {reinterpret_cast<const uint8_t*>(std::get<0>(codes)), std::get<1>(codes), scales_of(scales), std::get<0>(scales),
-                    log2_of(blocksize), aligned(codes, 1), reinterpret_cast<const uint16_t*>(std::get<0>(s)),
+                    log2_of(blocksize), aligned(codes, 1, 16), reinterpret_cast<const uint16_t*>(std::get<0>(s)),
                     reinterpret_cast<const uint16_t*>(std::get<0>(t)), std::get<1>(s), std::get<1>(t), rank,
                     reinterpret_cast<const float*>(scale), reinterpret_cast<const uint16_t*>(bias),
                     reinterpret_cast<void*>(std::get<0>(y)), std::get<1>(y), N};
   }
   return a;
+}
+
+inline Nf4LinearDx linear_dx_args(const RowArgs& dy, int64_t M, int64_t N, int64_t K, const RowArgs& codes, const ScaleArgs& scales,
+                                  int64_t blocksize, int splits, uintptr_t out) {
+  return {reinterpret_cast<const uint16_t*>(std::get<0>(dy)), std::get<1>(dy), M, N, K,
+          reinterpret_cast<const uint8_t*>(std::get<0>(codes)), std::get<1>(codes), scales_of(scales), std::get<0>(scales),
+          log2_of(blocksize), aligned(codes, 1, 4), aligned(dy, 2, 8), splits, reinterpret_cast<float*>(out)};
 }
 
 }  // namespace swiftk::gpu

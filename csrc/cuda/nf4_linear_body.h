@@ -44,13 +44,17 @@ template <int RT, int MT> struct Nf4Lane {
   uint32_t codes[RT][2][8];  // rows g and g + 8 of each 16, 64 elements of each
   float absmax[RT][2][2];    // of the first and the second 32 of them
   Nf4Planes planes[RT][2];
-  uint32_t a[2][RT][4], b[2][MT][2];  // the operands of two instructions
+  uint32_t a[2][RT][4], b[2][MT][2];  // the operands of two instructions a tile
   float acc[RT][MT][4];
+  static constexpr int instructions = 2 * RT * MT;  // of one mma(): which operands, and where the i-th adds
+  SWIFTK_HD const uint32_t* a_of(int i) const { return a[i / (RT * MT)][i / MT % RT]; }
+  SWIFTK_HD const uint32_t* b_of(int i) const { return b[i / (RT * MT)][i % MT]; }
+  SWIFTK_HD float* acc_of(int i) { return acc[i / MT % RT][i % MT]; }
 };
 
-SWIFTK_HD float nf4_scale(const Nf4Product& p, int64_t row, int64_t block) {
-  if (p.scale_kind == kScaleBf16) return nf4_scale<kScaleBf16>(p.scales, row, block);
-  return p.scale_kind == kScaleFp32 ? nf4_scale<kScaleFp32>(p.scales, row, block) : nf4_scale<kScaleNested>(p.scales, row, block);
+SWIFTK_HD float nf4_scale(int kind, const Nf4Scales& scales, int64_t row, int64_t block) {
+  if (kind == kScaleBf16) return nf4_scale<kScaleBf16>(scales, row, block);
+  return kind == kScaleFp32 ? nf4_scale<kScaleFp32>(scales, row, block) : nf4_scale<kScaleNested>(scales, row, block);
 }
 
 SWIFTK_HD Vector16 load16(const void* from) {
@@ -97,8 +101,8 @@ template <int RT, int MT> SWIFTK_HD void load_codes(const Nf4Linear& a, const Nf
       SWIFTK_UNROLL
       for (int w = 0; w < 8; ++w) codes[w] = nf4_codes8(from, k + 8 * w, a.K, false);
     }
-    absmax[0] = nf4_scale(p, row, k >> p.shift);
-    if (p.shift == 5 && k + 32 < a.K) absmax[1] = nf4_scale(p, row, (k >> 5) + 1);
+    absmax[0] = nf4_scale(p.scale_kind, p.scales, row, k >> p.shift);
+    if (p.shift == 5 && k + 32 < a.K) absmax[1] = nf4_scale(p.scale_kind, p.scales, row, (k >> 5) + 1);
   }
 }
 
@@ -162,20 +166,25 @@ SWIFTK_HD float fused(float a, float b, float c) {
 #endif
 }
 
+// The sums of the warps, `apart` from each other, by pairs.
+SWIFTK_HD float sum_of_warps(const float* partials, int apart) {
+  float sum[kLinearWarps];
+  SWIFTK_UNROLL
+  for (int w = 0; w < kLinearWarps; ++w) sum[w] = partials[w * apart];
+  SWIFTK_UNROLL
+  for (int step = 1; step < kLinearWarps; step *= 2)
+    SWIFTK_UNROLL
+    for (int w = 0; w < kLinearWarps; w += 2 * step) sum[w] = add(sum[w], sum[w + step]);
+  return sum[0];
+}
+
 // After every warp has stored its sums: what a thread adds up, finishes and writes.
 template <int RT, int MT>
 SWIFTK_HD void nf4_linear_finish(const Nf4Linear& a, const Nf4Product& p, int64_t row0, int64_t m0, int thread, const float* partials) {
   for (int i = thread; i < 16 * RT * 8 * MT; i += 32 * kLinearWarps) {
     const int64_t n = row0 + i % (16 * RT), m = m0 + i / (16 * RT);
     if (n >= p.N || m >= a.M) continue;
-    float sum[kLinearWarps];
-    SWIFTK_UNROLL
-    for (int w = 0; w < kLinearWarps; ++w) sum[w] = partials[partial_at<RT, MT>(w, i / (16 * RT), i % (16 * RT))];
-    SWIFTK_UNROLL
-    for (int step = 1; step < kLinearWarps; step *= 2)
-      SWIFTK_UNROLL
-      for (int w = 0; w < kLinearWarps; w += 2 * step) sum[w] = add(sum[w], sum[w + step]);
-    float y = sum[0];
+    float y = sum_of_warps(partials + i, 8 * MT * 16 * RT);
     for (int r = 0; r < p.rank; ++r) y = fused(widen(p.s[m * p.ld_s + r]), widen(p.t[n * p.ld_t + r]), y);
     if (p.scale != nullptr) y = mul(y, p.scale[n]);
     if (p.bias != nullptr) y = add(y, widen(p.bias[n]));

@@ -305,6 +305,44 @@ def test_frames_as_on_a_gpu():
         assert out.isnan().all()
 
 
+def dx_as_on_gpu(dy: torch.Tensor, w: NF4Tensor) -> torch.Tensor:
+    """Partial sums (splits, M, K)."""
+    args, partials, _alive = module.few_rows_dx_args(dy, w)
+    native().nf4_linear_dx_as_on_gpu(*args)
+    return partials
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "blocksize", "nested"),
+    [
+        (1, 1, 64, False), (16, 128, 64, False), (19, 131, 32, False), (300, 257, 64, False), (130, 40, 64, True),
+        (263, 600, 256, False), (0, 8, 64, False), (8, 0, 64, False),
+    ],
+)  # fmt: skip
+def test_dx_as_on_a_gpu(N, K, blocksize, nested, monkeypatch):
+    """One split and several, fewer rows than warps, columns past one block of threads; a row is the same for any M."""
+    w = make(N, K, blocksize=blocksize, nested=nested) if N and K else nf4_quantize(torch.zeros(N, K))
+    d, dy = nf4_dequantize(w), torch.randn(20, N).bfloat16()
+    for blocks in (1, 264):
+        monkeypatch.setattr(module, "BLOCKS", blocks)
+        whole = dx_as_on_gpu(dy, w)
+        assert (len(whole) > 1) == (blocks > 1 and N > 128)
+        assert_accurate(whole.sum(0), dy.float() @ d.float(), dy.double() @ d.double())
+        for M in (1, 8, 9):
+            assert torch.equal(dx_as_on_gpu(dy[:M], w), whole[:, :M])
+
+
+def test_each_dx_meets_its_own_as_on_a_gpu():
+    """One-hot rows of dy, at addresses that no vector divides too: dx is the weight itself, exactly."""
+    w = make(150, 333, torch.bfloat16)
+    for left in (0, 1):
+        dy = torch.full((150, 160), float("nan")).bfloat16()
+        dy[:, left : left + 150] = torch.eye(150)
+        assert torch.equal(dx_as_on_gpu(dy[:, left : left + 150], w).sum(0).bfloat16(), nf4_dequantize(w))
+    columns = NF4Tensor(w.codes[:, 32:], w.absmax[:, 1:], 333 - 64)
+    assert torch.equal(dx_as_on_gpu(torch.eye(150).bfloat16(), columns).sum(0).bfloat16(), nf4_dequantize(w)[:, 64:])
+
+
 def test_sizes_of_zero_as_on_a_gpu():
     w, b = nf4_quantize(torch.zeros(4, 0)), torch.randn(4).bfloat16()
     p = product(3, w, b, torch.bfloat16)
