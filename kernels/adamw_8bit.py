@@ -18,8 +18,8 @@ bits with the machine). The code of x is that of the nearest value, decided exac
 Tensors of fewer than 4096 elements keep m and v in fp32.
 
 Bytes an element: 16 (g, p and two codes read, p and the codes written) for fp32 p, 10 for bf16. State: 2.03 bytes an element
-in place of 8. Results are equal bit for bit on every instruction set and thread count.
-Not supported: fp64 and fp16, amsgrad, stochastic rounding (small updates of a bf16 p are lost), a CUDA kernel.
+in place of 8. Results are equal bit for bit on every instruction set and thread count, and on CUDA.
+Not supported: fp64 and fp16, amsgrad, stochastic rounding (small updates of a bf16 p are lost).
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ import math
 from array import array
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from swiftk.kernels._checks import check_isa
-from swiftk.kernels._native import DTYPE_CODES, native, no_cuda_kernel, threads
+from swiftk.kernels._native import DTYPE_CODES, native, threads
+from swiftk.kernels._triton import jit, launch, on_gpu, ship, tl
 from swiftk.kernels.nf4 import dynamic_map
 
 BLOCK = 256  # elements with one absmax, kBlock in csrc/cpu/adamw_8bit.cpp
@@ -70,7 +71,7 @@ class Update(NamedTuple):
 
 def nearest_code(v: torch.Tensor, *, signed: bool) -> torch.Tensor:
     """uint8, in the shape of v: how many of the exact middles between the map's values are below v."""
-    code_map = dynamic_map(signed).double()
+    code_map = dynamic_map(signed).double().to(v.device)
     return torch.searchsorted((code_map[1:] + code_map[:-1]) / 2, v.double()).to(torch.uint8)
 
 
@@ -90,7 +91,7 @@ def quantize_8bit_ref(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torc
 
 def dequantize_8bit_ref(codes: torch.Tensor, absmax: torch.Tensor, code_map: torch.Tensor) -> torch.Tensor:
     """fp32 map[code] absmax, in the shape of codes."""
-    values = code_map[codes.flatten().long()] * absmax.repeat_interleave(BLOCK)[: codes.numel()]
+    values = code_map.to(codes.device)[codes.flatten().long()] * absmax.repeat_interleave(BLOCK)[: codes.numel()]
     return values.view(codes.shape)
 
 
@@ -201,11 +202,140 @@ def _lines(signed: bool) -> tuple[torch.Tensor, int]:
     return lines, decades
 
 
+# --- Triton ------------------------------------------------------------------------------------------------------
+#
+# One launch for all tensors: a program has UNIT blocks of one of them, which it finds in a table that travels to the device
+# beside the launch, and the look-ups of codes are those of struct Code, from the first-level cache. Nothing is fused and
+# quotient and root are the nearest, so the bits are the CPU's. Bound by memory; no GPU has measured it.
+
+UNIT = 4  # blocks: 4 elements a thread of 8 warps (4 warps spill on sm_90)
+COLUMNS = 12  # int64 of a tensor in the table: 6 addresses, size, dtype, and 8 fp32 rates
+
+
+@jit
+def _decode(codes, code_map, absmax, inside, ZERO: tl.constexpr):
+    return tl.load(code_map + tl.load(codes, mask=inside, other=ZERO).to(tl.int32)) * absmax[:, None]
+
+
+@jit
+def _scale_of(bits):
+    """absmax as it is stored, 1 / absmax, and whether that is of use, from the largest magnitude's bits."""
+    bits = tl.where(bits < 0x00800000, 0, bits)
+    bits = tl.where(bits > 0x7F800000, 0x7FC00000, bits)
+    useful = (bits > 0) & (bits < 0x7F800000)
+    absmax = bits.to(tl.float32, bitcast=True)
+    return absmax, tl.div_rn(tl.full(bits.shape, 1.0, tl.float32), tl.where(useful, absmax, 1.0)), useful
+
+
+@jit
+def _encode(x, edges, first, negative, SHIFT: tl.constexpr, SIGNED: tl.constexpr):
+    bits = x.to(tl.uint32, bitcast=True)
+    bucket = tl.maximum(((bits & 0x7FFFFFFF) >> SHIFT).to(tl.int32), first) - first
+    rest = bits & ((1 << SHIFT) - 1)
+    if SIGNED:
+        below = (bits >> 31) != 0
+        bucket = tl.where(below, bucket + negative, bucket)
+        rest = tl.where(below, ~rest, rest)
+    return (tl.load(edges + bucket).to(tl.uint32, bitcast=True) + rest) >> 24
+
+
+@jit
+def _adamw_8bit_kernel(
+    table, starts, map1, edges1, map2, edges2, first1, negative1, first2, count, SPAN: tl.constexpr, UNIT: tl.constexpr
+):
+    program = tl.program_id(0)
+    found = 0
+    for first in range(0, count, SPAN):
+        i = first + tl.arange(0, SPAN)
+        start = tl.load(starts + i, mask=i < count, other=0)
+        found += tl.sum(((i < count) & (start <= program)).to(tl.int32), axis=0)
+    table += (found - 1) * 12
+    block = (program - tl.load(starts + found - 1)) * UNIT + tl.arange(0, UNIT)
+    at = block[:, None] * 256 + tl.arange(0, 256)[None, :]
+    size = tl.load(table + 6)
+    inside = at < size
+    some = block * 256 < size
+    rates = (table + 8).to(tl.pointer_type(tl.float32))
+    decay, beta1, grad1, beta2 = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2), tl.load(rates + 3)
+    grad2, step_size, root_scale, eps = tl.load(rates + 4), tl.load(rates + 5), tl.load(rates + 6), tl.load(rates + 7)
+    bf16 = tl.load(table + 7) == 0
+    p_at, g_at, m_at, v_at = tl.load(table), tl.load(table + 1), tl.load(table + 2), tl.load(table + 3)
+    max1, max2 = tl.load(table + 4), tl.load(table + 5)
+    if bf16:
+        p = tl.load(p_at.to(tl.pointer_type(tl.bfloat16)) + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(g_at.to(tl.pointer_type(tl.bfloat16)) + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        p = tl.load(p_at.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        g = tl.load(g_at.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+    if max1 != 0:
+        absmax1 = tl.load(max1.to(tl.pointer_type(tl.float32)) + block, mask=some, other=0.0)
+        absmax2 = tl.load(max2.to(tl.pointer_type(tl.float32)) + block, mask=some, other=0.0)
+        m = _decode(m_at.to(tl.pointer_type(tl.uint8)) + at, map1, absmax1, inside, 127)
+        v = _decode(v_at.to(tl.pointer_type(tl.uint8)) + at, map2, absmax2, inside, 0)
+    else:
+        m = tl.load(m_at.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+        v = tl.load(v_at.to(tl.pointer_type(tl.float32)) + at, mask=inside, other=0.0)
+    m = m * beta1 + g * grad1
+    v = v * beta2 + (g * g) * grad2
+    p = p * decay - step_size * tl.div_rn(m, tl.sqrt_rn(v) * root_scale + eps)
+    if bf16:
+        tl.store(p_at.to(tl.pointer_type(tl.bfloat16)) + at, p.to(tl.bfloat16), mask=inside)
+    else:
+        tl.store(p_at.to(tl.pointer_type(tl.float32)) + at, p, mask=inside)
+    if max1 != 0:
+        most1 = tl.max(tl.where(inside, m.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), axis=1)
+        most2 = tl.max(tl.where(inside, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), axis=1)
+        absmax1, scale1, useful1 = _scale_of(most1)
+        absmax2, scale2, useful2 = _scale_of(most2)
+        x1, x2 = tl.where(useful1[:, None], m * scale1[:, None], 0.0), tl.where(useful2[:, None], v * scale2[:, None], 0.0)
+        codes1 = tl.where(useful1[:, None], _encode(x1, edges1, first1, negative1, 17, True), 127)
+        codes2 = tl.where(x2 != 0.0, _encode(x2, edges2, first2, 0, 16, False), 0)
+        tl.store(max1.to(tl.pointer_type(tl.float32)) + block, absmax1, mask=some)
+        tl.store(max2.to(tl.pointer_type(tl.float32)) + block, absmax2, mask=some)
+        tl.store(m_at.to(tl.pointer_type(tl.uint8)) + at, codes1.to(tl.uint8), mask=inside)
+        tl.store(v_at.to(tl.pointer_type(tl.uint8)) + at, codes2.to(tl.uint8), mask=inside)
+    else:
+        tl.store(m_at.to(tl.pointer_type(tl.float32)) + at, m, mask=inside)
+        tl.store(v_at.to(tl.pointer_type(tl.float32)) + at, v, mask=inside)
+
+
+@functools.cache
+def _tables_on(device: torch.device) -> tuple[torch.Tensor, ...]:
+    return tuple(t.to(device) for signed in (True, False) for t in (dynamic_map(signed), _table(signed).edges))
+
+
+_CONSTANTS: dict[str, Any] = dict(SPAN=512, UNIT=UNIT, num_warps=8, fuse=False)
+
+
+def _launch_triton(updates: Sequence[Update]) -> None:
+    rows, starts, programs = bytearray(), array("q"), 0
+    for u in updates:
+        m, v, absmax1, absmax2 = u.moments
+        n, addresses = u.param.numel(), [0 if t is None else t.data_ptr() for t in (absmax1, absmax2)]
+        tensors = [t.data_ptr() for t in (u.param, u.grad, m, v)]
+        rows += array("q", [*tensors, *addresses, n, DTYPE_CODES[u.param.dtype]]).tobytes() + array("f", _rates(u)).tobytes()
+        starts.append(programs)
+        programs += -(-n // (BLOCK * UNIT))
+    device = updates[0].param.device
+    table = torch.frombuffer(rows + starts.tobytes(), dtype=torch.int64)
+    if device.type == "cuda":
+        table = table.pin_memory().to(device, non_blocking=True)  # the host waits for nothing; torch keeps the pinned memory
+    cut = len(updates) * COLUMNS
+    first = _table(True).first, _table(True).negative, _table(False).first
+    launch(_adamw_8bit_kernel, (programs,), table, table[cut:], *_tables_on(device), *first, len(updates), **_CONSTANTS)
+
+
+ship("adamw_8bit", _adamw_8bit_kernel, "*i64 *i64 *fp32 *i32 *fp32 *i32 i32 i32 i32 i32", **_CONSTANTS)
+
+
 # --- launcher ----------------------------------------------------------------------------------------------------
 
 
 def _launch(updates: Sequence[Update], isa: str) -> None:
-    """One native call; no checks. `updates` without empty tensors, at least one."""
+    """One native call or one kernel; no checks. `updates` without empty tensors, at least one."""
+    if on_gpu(updates[0].param):
+        _launch_triton(updates)
+        return
     tensors, rates, first_block, elements = array("q"), array("f"), 0, 0
     for u in updates:
         m, v, absmax1, absmax2 = u.moments
@@ -237,19 +367,21 @@ def new_moments(param: torch.Tensor, *, min_8bit: int = MIN_8BIT) -> Moments:
 
 @torch.no_grad()
 def adamw_8bit_(updates: Sequence[Update], *, isa: str = "auto") -> None:
-    """Updates every parameter and its moments in place, in one native call; the gradients are left as they are.
+    """Updates every parameter and its moments in place, in one native call or launch; the gradients are left as they are.
 
     Args:
         updates: any number; tensors of any size (0 too), each with its own step and rates. `param` and `grad`: bf16 or fp32,
-            of one shape and dtype, contiguous; `moments` as new_moments makes them. No two share memory.
+            of one shape and dtype, contiguous; `moments` as new_moments makes them. No two share memory; all on one device.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable"; the result is the same.
-    Raises: ValueError for a wrong shape, dtype, layout or isa; NotImplementedError on CUDA (no kernel yet).
+    Raises: ValueError for a wrong shape, dtype, layout, device or isa; on CUDA ImportError without Triton.
     """
     check_isa("adamw_8bit", isa)
     for u in updates:
         p, g, n = u.param, u.grad, u.param.numel()
-        if p.is_cuda:
-            no_cuda_kernel("adamw_8bit")
+        devices = {t.device for t in (updates[0].param, p, g, *u.moments) if t is not None}
+        if len(devices) > 1:
+            have = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"adamw_8bit: parameters, gradients and moments are on {have}, wants one device a call")
         if p.dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"adamw_8bit: param has dtype {p.dtype}, wants torch.float32 or torch.bfloat16")
         if g.dtype != p.dtype or g.shape != p.shape:
