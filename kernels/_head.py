@@ -17,7 +17,7 @@ import torch
 from swiftk.kernels._checks import check_floating, refuse_double_backward
 from swiftk.kernels._native import acc_dtype
 from swiftk.kernels._triton import on_gpu
-from swiftk.kernels.dropout import Dropout, dropout_keys, dropout_out
+from swiftk.kernels.dropout import Dropout, dropout_keys
 from swiftk.kernels.linear import vendor_mm, with_rows
 from swiftk.kernels.lora_linear import (
     Adapter,
@@ -25,7 +25,8 @@ from swiftk.kernels.lora_linear import (
     adapted_norm,
     base_product,
     check_lora,
-    mask_bytes,
+    low_rank,
+    mask_blocks,
     rank_gram,
     rank_update,
     scales_of,
@@ -245,15 +246,10 @@ def _head_low_rank_fwd(hidden, a, labels, ignore_index, scale, threshold, layer,
     kept, acc = KeptRows("", labels, ignore_index, None), acc_dtype(hidden.dtype)
     x, a, factor = kept.take(hidden), a.to(hidden.dtype).contiguous(), _factor(a, scale, threshold, acc)
     s = x.new_empty(len(x), len(a))
-    if threshold == 0:
-        base_product(x, a, None, s, isa, scale=factor, numerics=numerics)
-    else:
-        seed_step, tokens = seed_step.contiguous(), kept.take(token_index)
-        height = max(1, mask_bytes(x) // max(1, x.shape[1] * x.element_size()))
-        for r in ranges(len(x), height):
-            masked = torch.empty_like(x[r])
-            dropout_out(x[r], threshold, seed_step, layer, tokens[r], masked, isa=isa)
-            base_product(masked, a, None, s[r], isa, scale=factor, numerics=numerics)
+    seed_step, tokens = dropout_keys(seed_step, None if token_index is None else kept.take(token_index))
+    mask = Mask(threshold, seed_step, layer, tokens)
+    for m in mask_blocks(x) if threshold else (slice(0, len(x)),):
+        low_rank(x[m], a, factor, mask.rows(m), s[m], isa, numerics)
     return kept.put(s.to(acc), hidden)
 
 

@@ -77,8 +77,8 @@ class Product(NamedTuple):
 # numerics="invariant". One accumulator per element walks K from its beginning to its end, then the tail; nothing is split.
 # Two tiles of bf16: up to 64 rows (decoding, bound by W) 64 x 32, so that 4096 columns are 128 programs; above, 128 x 256. Both
 # issue the same instruction along K (Hopper: wgmma m64nNk16 per warp group; Ampere: mma m16n8k16), so the tile is not in the
-# sums; tests/triton/test_linear.py says so of the device at hand. Sizes are from registers and shared memory
-# (`make compile-gpu`); no GPU has measured them.
+# sums: tests/triton/test_linear.py says so of the device. Scale and bias round apart (fuse=False), as they do where an op
+# applies them. Sizes are from registers and shared memory (`make compile-gpu`); no GPU has measured them.
 
 
 @jit
@@ -134,15 +134,15 @@ for _rows, _has in ((1, False), (1, True), (4096, False), (4096, True)):
     ship(
         f"linear bf16 M={_rows}{' tail scale bias' if _has else ''}", _linear_kernel,
         f"*bf16 *bf16 *bf16 *bf16 *fp32 *bf16 *bf16 {_SIZES}", ACC=tl.float32, HAS_TAIL=_has, HAS_SCALE=_has, HAS_BIAS=_has,
-        **_tile(_rows, torch.bfloat16, _has),
+        fuse=False, **_tile(_rows, torch.bfloat16, _has),
     )  # fmt: skip
 ship(
     "linear bf16 logits", _linear_kernel, f"*bf16 *bf16 *bf16 *bf16 *fp32 *bf16 *fp32 {_SIZES}", ACC=tl.float32, HAS_TAIL=False,
-    HAS_SCALE=False, HAS_BIAS=False, **_tile(4096, torch.bfloat16, False),
+    HAS_SCALE=False, HAS_BIAS=False, fuse=False, **_tile(4096, torch.bfloat16, False),
 )  # fmt: skip
 ship(
     "linear fp32", _linear_kernel, f"*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 {_SIZES}", ACC=tl.float32, HAS_TAIL=True,
-    HAS_SCALE=True, HAS_BIAS=True, **_tile(1, torch.float32, True),
+    HAS_SCALE=True, HAS_BIAS=True, fuse=False, **_tile(1, torch.float32, True),
 )  # fmt: skip
 
 
@@ -152,8 +152,8 @@ def _invariant(x: torch.Tensor, p: Product) -> None:
     launch(
         _linear_kernel, (-(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"]),), x, p.weight, s, t,
         x if p.scale is None else p.scale, x if p.bias is None else p.bias, p.y, M, N, K, s.shape[1], x.stride(0),
-        p.weight.stride(0), s.stride(0), t.stride(0), p.y.stride(0), ACC=tl_acc(x.dtype), HAS_TAIL=p.tail is not None,
-        HAS_SCALE=p.scale is not None, HAS_BIAS=p.bias is not None, **tile,
+        p.weight.stride(0), s.stride(0), t.stride(0), p.y.stride(0), fuse=False, ACC=tl_acc(x.dtype),
+        HAS_TAIL=p.tail is not None, HAS_SCALE=p.scale is not None, HAS_BIAS=p.bias is not None, **tile,
     )  # fmt: skip
 
 

@@ -15,39 +15,50 @@ Backward, dy' = g dy, all sums in at least fp32:
 FLOPs beside the 4 M N K of a frozen linear: 4 M r (N + K) forward and twice that backward. Bytes beside it: x is read once more
 forward; x and dy once (dm: y too), dx read and written once backward. Saved: x, S (M r), y for DoRA's dm.
 
+On CUDA the dense products are the vendor's (forward with numerics="invariant": linear.py's) and the small term comes first:
+S B^T is written to y, D (dS A) to dx, and the dense product adds to them, so what is rounded twice is small. dS is rounded to
+x's dtype, as peft's is. dS and dB are two vendor products that read dy each: one kernel for both would save 16 us of 350 at
+M 8192, N = K = 4096 (arithmetic) and writes as much in partial sums from r = 64 on. Triton does what meets the mask of dropout,
+which is drawn in registers: S, dA and D (dS A) read or write x's shape once each. Saved for DoRA's dm: x W^T + S B^T, not y.
+
 An NF4 base is `nf4_linear` (forward) and slices of dequantised columns (dx): the same numbers as its dequantised weight.
 
 Unlike peft: dropout is drawn per adapted linear (peft too) and from (seed, step, layer, token, column) (peft: the global
 generator); DoRA with dropout keeps x in the base product, where peft drops x there too (a second dense GEMM): equal to peft
 at p = 0 and in evaluation. A row of W + s B A that is zero gives 0 and dm = 0 (peft: NaN); one below
 about 3e-4 of its row of W may, since the expansion above cancels there.
-Not supported: a trainable W, DoRA with several adapters, the gradient of the gradient, a CUDA kernel (not there yet).
+Not supported: a trainable W, DoRA with several adapters, the gradient of the gradient. On CUDA the values of segment_ids and of
+a stack are not checked, which would wait for the device: an id outside the stack is no adapter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
-from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
-from swiftk.kernels._triton import on_gpu
-from swiftk.kernels.dropout import Dropout, check_dropout, dropout_keys, dropout_out, dropout_ref
-from swiftk.kernels.linear import Product, as_matrix, linear_group_out, matmul_dtype, row_args, with_rows
+from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
+from swiftk.kernels._triton import jit, launch, next_power_of_2, on_gpu, ship, tl, tl_acc
+from swiftk.kernels.dropout import Dropout, check_dropout, dropout_keys, dropout_out, dropout_ref, keep_tile
+from swiftk.kernels.linear import (
+    Product,
+    as_matrix,
+    check_numerics,
+    linear_group_out,
+    matmul_dtype,
+    row_args,
+    vendor_mm,
+    with_rows,
+)
 from swiftk.kernels.nf4 import NF4Tensor, check_nf4, nf4_dequantize, nf4_dequantize_ref, plain_absmax, take_rows
 from swiftk.kernels.nf4_linear import matmul_weight, nf4_linear_group_out
 
 ALIGN = 32  # columns of one of several adapters: a multiple of every Dot<T>::step, so lanes do not depend on the others
 NORM_ROWS = 1024  # rows of an NF4 weight that row_norm_sq dequantises at a time
 MASK_BYTES = 1 << 20  # rows of x that are masked at a time, so that the copy stays in the L2 cache
-CUDA_MASK_BYTES = 24 << 20  # the same for an H100's 50 MB; arithmetic, no GPU has measured it
-
-
-def mask_bytes(x: torch.Tensor) -> int:
-    return CUDA_MASK_BYTES if on_gpu(x) else MASK_BYTES
 
 
 class Adapter(NamedTuple):
@@ -69,7 +80,7 @@ def row_norm_sq(weight: torch.Tensor | NF4Tensor, dtype: torch.dtype | None = No
     """||W_n||^2, (N,), in dtype: the accumulate dtype of a plain weight where None, fp32 of an NF4 one."""
     if not isinstance(weight, NF4Tensor):
         return torch.linalg.vector_norm(weight, dim=1, dtype=dtype or acc_dtype(weight.dtype)).square()
-    weight, norms = plain_absmax(weight), torch.empty(len(weight.codes), dtype=dtype or torch.float32)
+    weight, norms = plain_absmax(weight), weight.absmax.new_empty(len(weight.codes), dtype=dtype or torch.float32)
     for n in range(0, len(norms), NORM_ROWS):
         rows = nf4_dequantize(take_rows(weight, slice(n, n + NORM_ROWS)))
         norms[n : n + NORM_ROWS] = torch.linalg.vector_norm(rows, dim=1, dtype=norms.dtype).square()
@@ -100,6 +111,127 @@ def lora_linear_ref(
     return (y if bias is None else y + bias.to(acc)).to(x.dtype)
 
 
+# --- Triton ------------------------------------------------------------------------------------------------------
+#
+# The three low-rank products that meet dropout's mask. They are bound by x's bytes and by Philox: 8 integer operations an
+# element, about what reading it takes (arithmetic; no GPU has measured it). The order of every sum is that of the tiles, which
+# are the same for any M. dA is summed over TRITON_ROWS rows per program, then over those in their order.
+
+TRITON_ROWS = 1024
+
+
+@jit
+def _masked_product_kernel(
+    x, a, scale, out, seed_step, token_index, rows, cols, R, x_row, a_row, out_row, layer, threshold, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # out = scale (D x) a^T: x (rows, cols), a (R, cols)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    at = tl.arange(0, BLOCK_K)
+    tokens = tl.load(token_index + tl.minimum(row, rows - 1))
+    x_at = x + tl.minimum(row, rows - 1)[:, None] * x_row + at[None, :]
+    a_at = a + tl.minimum(r, R - 1)[None, :] * a_row + at[:, None]
+    x_k, a_k = row[:, None] * 0 + at[None, :], r[None, :] * 0 + at[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=ACC)
+    for k in range(0, cols, BLOCK_K):
+        keep = keep_tile(seed_step, layer, tokens, k // 8, threshold, BLOCK_M, BLOCK_K // 8)
+        u = tl.load(x_at + k, mask=x_k < cols - k, other=0.0)
+        v = tl.load(a_at + k, mask=a_k < cols - k, other=0.0)
+        acc = tl.dot(tl.where(keep, u, 0.0).to(x.dtype.element_ty), v, acc, input_precision="ieee", out_dtype=ACC)
+    acc = acc * tl.load(scale + tl.minimum(r, R - 1))[None, :]
+    inside = (row[:, None] < rows) & (r[None, :] < R)
+    tl.store(out + row[:, None] * out_row + r[None, :], acc.to(out.dtype.element_ty), mask=inside)
+
+
+@jit
+def _masked_gram_kernel(
+    p, q, out, seed_step, token_index, rows, cols, R, p_row, q_row, layer, threshold, ACC: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    # out[block of ROWS rows] (R, cols) = p^T (D q): p (rows, R), q (rows, cols)
+    block, column = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    r, col = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R), column * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=ACC)
+    for m in range(0, ROWS, BLOCK_M):
+        row = block * ROWS + m + tl.arange(0, BLOCK_M)
+        tokens = tl.load(token_index + tl.minimum(row, rows - 1))
+        keep = keep_tile(seed_step, layer, tokens, column * (BLOCK_C // 8), threshold, BLOCK_M, BLOCK_C // 8)
+        u = tl.load(p + row[None, :] * p_row + r[:, None], mask=(row[None, :] < rows) & (r[:, None] < R), other=0.0)
+        v = tl.load(q + row[:, None] * q_row + col[None, :], mask=(row[:, None] < rows) & (col[None, :] < cols), other=0.0)
+        acc = tl.dot(u, tl.where(keep, v, 0.0).to(q.dtype.element_ty), acc, input_precision="ieee", out_dtype=ACC)
+    at = (block * R + r[:, None]) * cols + col[None, :]
+    tl.store(out + at, acc, mask=(r[:, None] < R) & (col[None, :] < cols))
+
+
+@jit
+def _masked_update_kernel(
+    p, a, q, seed_step, token_index, rows, cols, R, p_row, a_row, q_row, layer, threshold, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    # q = D (p a), or q += : p (rows, R), a (R, cols)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col, at = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    for first in range(0, R, BLOCK_R):
+        r = first + at
+        u = tl.load(p + row[:, None] * p_row + r[None, :], mask=(row[:, None] < rows) & (r[None, :] < R), other=0.0)
+        v = tl.load(a + r[:, None] * a_row + col[None, :], mask=(r[:, None] < R) & (col[None, :] < cols), other=0.0)
+        acc = tl.dot(u, v, acc, input_precision="ieee", out_dtype=ACC)
+    tokens = tl.load(token_index + tl.minimum(row, rows - 1))
+    keep = keep_tile(seed_step, layer, tokens, tl.program_id(1) * (BLOCK_C // 8), threshold, BLOCK_M, BLOCK_C // 8)
+    acc = tl.where(keep, acc, 0.0)
+    inside = (row[:, None] < rows) & (col[None, :] < cols)
+    q += row[:, None] * q_row + col[None, :]
+    if ADD:
+        acc += tl.load(q, mask=inside, other=0.0).to(ACC)
+    tl.store(q, acc.to(q.dtype.element_ty), mask=inside)
+
+
+@jit
+def _column_dot_kernel(p, q, out, rows, cols, p_row, q_row, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+                       BLOCK_C: tl.constexpr):  # fmt: skip
+    block, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=ACC)
+    for m in range(0, ROWS, BLOCK_M):
+        row = block * ROWS + m + tl.arange(0, BLOCK_M)
+        inside = (row[:, None] < rows) & (col[None, :] < cols)
+        u = tl.load(p + row[:, None] * p_row + col[None, :], mask=inside, other=0.0).to(ACC)
+        acc += u * tl.load(q + row[:, None] * q_row + col[None, :], mask=inside, other=0.0).to(ACC)
+    tl.store(out + block * cols + col, tl.sum(acc, axis=0), mask=col < cols)
+
+
+def _rank_tile(R: int) -> int:
+    return min(64, max(16, next_power_of_2(R)))
+
+
+PRODUCT_TILE: dict[str, Any] = {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+GRAM_TILE: dict[str, Any] = {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 4, "num_stages": 2}
+UPDATE_TILE: dict[str, Any] = {"BLOCK_M": 64, "BLOCK_C": 64, "num_warps": 4}
+DOT_TILE: dict[str, Any] = {"BLOCK_M": 16, "BLOCK_C": 128, "num_warps": 4}
+
+for _r in (16, 64):
+    ship(
+        f"lora S dropout bf16 r={_r}", _masked_product_kernel,
+        "*bf16 *bf16 *fp32 *bf16 *i64 *i64 i32 i32:16 i32:16 i32:16 i32:16 i32:16 i32 i32", ACC=tl.float32, BLOCK_R=_r,
+        **PRODUCT_TILE,
+    )  # fmt: skip
+    ship(
+        f"lora dA dropout bf16 r={_r}", _masked_gram_kernel,
+        "*bf16 *bf16 *fp32 *i64 *i64 i32 i32:16 i32:16 i32:16 i32:16 i32 i32", ACC=tl.float32, ROWS=TRITON_ROWS, BLOCK_R=_r,
+        **GRAM_TILE,
+    )  # fmt: skip
+    ship(
+        f"lora dx dropout bf16 r={_r}", _masked_update_kernel,
+        "*bf16 *bf16 *bf16 *i64 *i64 i32 i32:16 i32:16 i32:16 i32:16 i32:16 i32 i32", ACC=tl.float32, BLOCK_R=_r, ADD=False,
+        **UPDATE_TILE,
+    )  # fmt: skip
+ship(
+    "lora dm bf16", _column_dot_kernel, "*bf16 *bf16 *fp32 i32 i32:16 i32:16 i32:16", ACC=tl.float32, ROWS=TRITON_ROWS,
+    **DOT_TILE,
+)  # fmt: skip
+
+
 # --- launchers ---------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +243,9 @@ class Mask(NamedTuple):
     layer: int
     token_index: torch.Tensor | None
 
+    def rows(self, m: slice) -> Mask:
+        return self if self.token_index is None else self._replace(token_index=self.token_index[m])
+
     def args(self) -> tuple[int, int, int, int]:
         if self.seed_step is None or self.token_index is None:
             return 0, 0, 0, 0
@@ -118,15 +253,45 @@ class Mask(NamedTuple):
 
 
 def rank_gram(p: torch.Tensor, q: torch.Tensor, mask: Mask, out: torch.Tensor, isa: str) -> None:
-    """out (r, C) = p^T mask(q). p (M, r) and out in q's accumulate dtype, q (M, C)."""
+    """out (r, C) = p^T mask(q). p (M, r) and out in q's accumulate dtype, q (M, C); on CUDA p is rounded to q's dtype."""
+    if on_gpu(q):
+        p = p.to(q.dtype)
+        if mask.threshold == 0:
+            vendor_mm(p.t(), q, out)
+            return
+        (M, C), R, tile = q.shape, p.shape[1], _rank_tile(p.shape[1])
+        if M == 0:
+            out.zero_()
+            return
+        blocks = -(-M // TRITON_ROWS)
+        parts = out if blocks == 1 else out.new_empty(blocks, R, C)
+        launch(
+            _masked_gram_kernel, (blocks, -(-C // GRAM_TILE["BLOCK_C"]), -(-R // tile)), p, q, parts, mask.seed_step,
+            mask.token_index, M, C, R, p.stride(0), q.stride(0), mask.layer, mask.threshold, ACC=tl_acc(q.dtype),
+            ROWS=TRITON_ROWS, BLOCK_R=tile, **GRAM_TILE,
+        )  # fmt: skip
+        if blocks > 1:
+            torch.sum(parts, 0, out=out)
+        return
     native().rank_gram(
         DTYPE_CODES[q.dtype], p.data_ptr(), p.stride(0), p.shape[1], q.data_ptr(), q.stride(0), *q.shape, out.data_ptr(),
         *mask.args(), threads(q.numel()), isa,
     )  # fmt: skip
 
 
-def rank_update(p: torch.Tensor, r: torch.Tensor, q: torch.Tensor, mask: Mask, isa: str) -> None:
-    """q (M, C) += mask(p r). p (M, r) and r (r, C) in q's accumulate dtype."""
+def rank_update(p: torch.Tensor, r: torch.Tensor, q: torch.Tensor, mask: Mask, isa: str, beta: float = 1.0) -> None:
+    """q (M, C) = mask(p r) + beta q; beta 0 on CUDA alone. p (M, r) and r (r, C) in q's accumulate dtype, or q's on CUDA."""
+    if on_gpu(q):
+        if mask.threshold == 0:
+            vendor_mm(p, r, q, beta)
+            return
+        (M, C), R, tile = q.shape, p.shape[1], UPDATE_TILE
+        launch(
+            _masked_update_kernel, (-(-M // tile["BLOCK_M"]), -(-C // tile["BLOCK_C"])), p, r, q, mask.seed_step,
+            mask.token_index, M, C, R, p.stride(0), r.stride(0), q.stride(0), mask.layer, mask.threshold, ACC=tl_acc(q.dtype),
+            BLOCK_R=_rank_tile(R), ADD=beta != 0.0, **tile,
+        )  # fmt: skip
+        return
     native().rank_update(
         DTYPE_CODES[q.dtype], p.data_ptr(), p.stride(0), p.shape[1], r.data_ptr(), q.data_ptr(), q.stride(0), *q.shape,
         *mask.args(), threads(q.numel()), isa,
@@ -135,12 +300,44 @@ def rank_update(p: torch.Tensor, r: torch.Tensor, q: torch.Tensor, mask: Mask, i
 
 def _column_dot(p: torch.Tensor, q: torch.Tensor, isa: str) -> torch.Tensor:
     """Sum over rows of p q in the accumulate dtype. p, q (M, C) -> (C,)."""
+    if on_gpu(p):
+        M, C = p.shape
+        blocks = max(1, -(-M // TRITON_ROWS))
+        parts = p.new_empty(blocks, C, dtype=acc_dtype(p.dtype))
+        launch(
+            _column_dot_kernel, (blocks, -(-C // DOT_TILE["BLOCK_C"])), p, q, parts, M, C, p.stride(0), q.stride(0),
+            ACC=tl_acc(p.dtype), ROWS=TRITON_ROWS, **DOT_TILE,
+        )  # fmt: skip
+        return parts.sum(0)
     out = p.new_empty(p.shape[1], dtype=acc_dtype(p.dtype))
     native().column_dot(
         DTYPE_CODES[p.dtype], p.data_ptr(), p.stride(0), q.data_ptr(), q.stride(0), *p.shape, out.data_ptr(),
         threads(p.numel()), isa,
     )  # fmt: skip
     return out
+
+
+def low_rank(x, a, factor: torch.Tensor, mask: Mask, out, isa, numerics="auto") -> None:
+    """out (M, R) = factor (D x) a^T. factor (R,) in the accumulate dtype, a (R, K) and out (any row stride) in x's dtype."""
+    if mask.threshold == 0:
+        base_product(x, a, None, out, isa, scale=factor, numerics=numerics)
+    elif on_gpu(x):
+        tile = _rank_tile(len(a))
+        launch(
+            _masked_product_kernel, (-(-len(x) // PRODUCT_TILE["BLOCK_M"]), -(-len(a) // tile)), x, a, factor, out,
+            mask.seed_step, mask.token_index, *x.shape, len(a), x.stride(0), a.stride(0), out.stride(0), mask.layer,
+            mask.threshold, ACC=tl_acc(x.dtype), BLOCK_R=tile, **PRODUCT_TILE,
+        )  # fmt: skip
+    elif mask.seed_step is not None and mask.token_index is not None:
+        masked = x.new_empty(x.shape)
+        dropout_out(x, mask.threshold, mask.seed_step, mask.layer, mask.token_index, masked, isa=isa)
+        base_product(masked, a, None, out, isa, scale=factor)
+
+
+def mask_blocks(x: torch.Tensor) -> Iterator[slice]:
+    """The rows of x that `low_rank` masks at a time: a copy of them on the CPU, which stays in the cache; none on CUDA."""
+    height = max(1, len(x) if on_gpu(x) else MASK_BYTES // max(1, x.shape[1] * x.element_size()))
+    return (slice(m, min(m + height, len(x))) for m in range(0, len(x), height))
 
 
 def base_product(x, weight, bias, y, isa, tail=None, scale=None, numerics="auto") -> None:
@@ -163,7 +360,7 @@ def base_products(x: torch.Tensor, products: Sequence[Product], isa: str, numeri
 _ARGS = (
     "Tensor x, Tensor[] weights, Tensor[] absmax, int[] blocksizes, Tensor[] biases, Tensor[] a, Tensor[] b, float[] scales, "
     "Tensor[] magnitudes, Tensor[] norms_sq, int[] thresholds, SymInt[] layers, Tensor? seed_step, Tensor? token_index, "
-    "Tensor? segment_ids, str isa"
+    "Tensor? segment_ids, str numerics, str isa"
 )
 torch.library.define("swiftk::lora_linear_fwd", f"({_ARGS}) -> Tensor[]")
 torch.library.define(
@@ -193,22 +390,26 @@ def _flat(a: torch.Tensor, b: torch.Tensor, scales: Sequence[float], dtype: torc
     """a (R, K), b (N, R) and s (R,) over the columns of S: a stack padded with zeros to ALIGN columns per adapter."""
     a, b = a.to(dtype), b.to(dtype)
     if a.dim() == 2:
-        return a.contiguous(), b.contiguous(), torch.full((len(a),), scales[0], dtype=acc_dtype(dtype))
+        return a.contiguous(), b.contiguous(), a.new_full((len(a),), scales[0], dtype=acc_dtype(dtype))
     pad = -a.shape[1] % ALIGN
     a, b = torch.nn.functional.pad(a, (0, 0, 0, pad)), torch.nn.functional.pad(b, (0, pad))
-    s = torch.tensor(scales, dtype=acc_dtype(dtype)).repeat_interleave(a.shape[1])
+    s = torch.cat([a.new_full((a.shape[1],), scale, dtype=acc_dtype(dtype)) for scale in scales])
     return a.flatten(0, 1).contiguous(), b.transpose(0, 1).flatten(1).contiguous(), s
 
 
 def keep_own(s: torch.Tensor, segment_ids: torch.Tensor, adapters: int) -> None:
     """Zero in the columns of other adapters than the row's own; s (M, R) of a stack; int64 ids, -1 keeps none."""
     columns = s.shape[1] // adapters
+    if on_gpu(s):
+        other = segment_ids[:, None] != torch.arange(adapters, device=s.device)
+        s.unflatten(1, (adapters, columns)).masked_fill_(other[:, :, None], 0)
+        return
     native().keep_own(DTYPE_CODES[s.dtype], *row_args(s), len(s), adapters, columns, segment_ids.data_ptr())
 
 
 def _check_values(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], segment_ids: torch.Tensor | None, dtype) -> None:
     """Of a stack: ids in range, values finite in x's dtype: 0 times infinity of one would be NaN in rows of the others."""
-    if segment_ids is None:
+    if segment_ids is None or on_gpu(segment_ids):
         return
     for pair in zip(a, b, strict=True):
         adapters = len(pair[0])
@@ -248,10 +449,10 @@ def _groups(a: Sequence[torch.Tensor], scales: Sequence[float]):
         column, first = column + _columns(t), first + adapters
 
 
-@torch.library.register_kernel("swiftk::lora_linear_fwd", "cpu")
-def _lora_linear_fwd_cpu(
+@torch.library.register_kernel("swiftk::lora_linear_fwd", ("cpu", "cuda"))
+def _lora_linear_fwd(
     x, weights, absmax, blocksizes, biases, a, b, scales, magnitudes, norms_sq, thresholds, layers, seed_step, token_index,
-    segment_ids, isa,
+    segment_ids, numerics, isa,
 ):  # fmt: skip
     _check_values(a, b, segment_ids, x.dtype)
     seed_step, token_index = dropout_keys(seed_step, token_index)
@@ -263,18 +464,11 @@ def _lora_linear_fwd_cpu(
     factors = [s * (65536 / (65536 - t)) for (_, _, s), t in zip(flat, thresholds, strict=True)]
     s = x.new_empty(M, columns[-1].stop)
     if not any(thresholds):
-        base_product(x2, torch.cat([f[0] for f in flat]), None, s, isa, scale=torch.cat(factors))
+        low_rank(x2, torch.cat([f[0] for f in flat]), torch.cat(factors), masks[0], s, isa, numerics)
     else:
-        step = max(1, MASK_BYTES // max(1, K * x.element_size()))
-        scratch = x.new_empty(min(step, M), K)
-        for m in range(0, M, step):
-            rows = x2[m : m + step]
+        for m in mask_blocks(x2):
             for mask, cols, (A, _, _), factor in zip(masks, columns, flat, factors, strict=True):
-                source = rows
-                if mask.threshold:
-                    source = scratch[: len(rows)]
-                    dropout_out(rows, mask.threshold, seed_step, mask.layer, token_index[m : m + step], source, isa=isa)
-                base_product(source, A, None, s[m : m + step, cols], isa, scale=factor)
+                low_rank(x2[m], A, factor, mask.rows(m), s[m, cols], isa, numerics)
     ys, unbiased, norms = [], [], []
     for i, (weight, (A, B, scale)) in enumerate(zip(_weights(weights, absmax, blocksizes, K), flat, strict=True)):
         if a[i].dim() == 3:
@@ -286,8 +480,19 @@ def _lora_linear_fwd_cpu(
             norms.append(adapted_norm(weight, A, B, scale, norms_sq[i], isa))
             gain = _gain(magnitudes[i], norms[-1])
         tail = (s[:, columns[i]], B)
-        if gain is None or bias is None:
-            base_product(x2, weight, bias, y, isa, tail, gain)
+        if gain is not None and on_gpu(x):
+            # x W^T + S B^T is what dm needs, for an m of 0 too; "invariant" rounds as one product with a factor does
+            sums = x.new_empty(y.shape, dtype=acc if numerics == "invariant" else x.dtype)
+            base_product(x2, weight, None, sums, isa, tail, numerics=numerics)
+            unbiased.append(sums.to(x.dtype))
+            if bias is None:
+                torch.mul(sums, gain, out=y)
+            elif numerics == "invariant":
+                torch.add(sums * gain, bias, out=y)
+            else:
+                torch.addcmul(bias, sums, gain, out=y)
+        elif gain is None or bias is None:
+            base_product(x2, weight, bias, y, isa, tail, gain, numerics)
             if magnitudes:
                 unbiased.append(x.new_empty(0))
         else:  # dm needs y - bias without the rounding of y, which is coarse where the bias is large
@@ -308,6 +513,8 @@ def _unflat(grad: torch.Tensor, like: torch.Tensor, transposed: bool) -> torch.T
 
 def _dm(dy, unbiased, magnitude, norm, x, weight, s, b, isa):
     """dm = sum over rows of dy (y - bias) / m, the second factor as x W^T + S B^T over the norm where m is 0."""
+    if on_gpu(dy):  # unbiased is x W^T + S B^T there
+        return torch.where(norm == 0, 0, _column_dot(dy, unbiased, isa) / norm).to(magnitude.dtype)
     dm = torch.where(norm == 0, 0, _column_dot(dy, unbiased, isa) / magnitude)
     zero = ((magnitude == 0) & (norm != 0)).nonzero()[:, 0]
     if len(zero):
@@ -317,9 +524,9 @@ def _dm(dy, unbiased, magnitude, norm, x, weight, s, b, isa):
     return dm.to(magnitude.dtype)
 
 
-def _dense_dx(dys, weights, gains):
-    """Sum over the linears of g dy W, in the dtype that torch multiplies in (linear.py, `matmul_dtype`)."""
-    dx, dtype = None, matmul_dtype(dys[0])
+def _dense_dx(dys, weights, gains, dx=None):
+    """dx plus the sum over the linears of g dy W, in the dtype that torch multiplies in (linear.py, `matmul_dtype`)."""
+    dtype = matmul_dtype(dys[0])
     for dy, weight, gain in zip(dys, weights, gains, strict=True):
         d = dy.to(dtype) if gain is None else torch.mul(dy, gain, out=dy.new_empty(dy.shape, dtype=dtype))
         if isinstance(weight, NF4Tensor):
@@ -330,8 +537,19 @@ def _dense_dx(dys, weights, gains):
     return dx
 
 
-@torch.library.register_kernel("swiftk::lora_linear_bwd", "cpu")
-def _lora_linear_bwd_cpu(
+def _dx(dys, weights, gains, ds, flat, columns, masks, isa):
+    """Sum over the linears of g dy W + D (dS A): on CUDA the small term first, which the dense product adds to."""
+    alone = masks if any(m.threshold for m in masks) else masks[:1]
+    cuda = on_gpu(ds)
+    dx = dys[0].new_empty(len(ds), flat[0][0].shape[1]) if cuda else _dense_dx(dys, weights, gains)
+    for i, mask in enumerate(alone):
+        p, A = (ds, torch.cat([f[0] for f in flat])) if len(alone) < len(masks) else (ds[:, columns[i]], flat[i][0])
+        rank_update(p, A if cuda else A.to(ds.dtype), dx, mask, isa, *([float(i > 0)] if cuda else []))
+    return _dense_dx(dys, weights, gains, dx) if cuda else dx.to(dys[0].dtype)
+
+
+@torch.library.register_kernel("swiftk::lora_linear_bwd", ("cpu", "cuda"))
+def _lora_linear_bwd(
     dy, x, weights, absmax, blocksizes, a, b, scales, magnitudes, norms, s, unbiased, thresholds, layers, seed_step,
     token_index, segment_ids, needs_dx, needs_adapters, isa,
 ):  # fmt: skip
@@ -344,7 +562,7 @@ def _lora_linear_bwd_cpu(
     flat = [_flat(*abs_, dtype) for abs_ in zip(a, b, per_linear, strict=True)]
     masks = [Mask(t, seed_step, layer, token_index) for t, layer in zip(thresholds, layers, strict=True)]
     gains = [_gain(m, n) for m, n in zip(magnitudes, norms, strict=True)] or [None] * len(a)
-    ds = dys[0].new_empty(M, columns[-1].stop, dtype=acc)
+    ds = dys[0].new_empty(M, columns[-1].stop, dtype=dtype if on_gpu(dys[0]) else acc)
     da, db, dm = [], [], []
     for i, ((_, B, scale), mask, gain) in enumerate(zip(flat, masks, gains, strict=True)):
         bt = (B if gain is None else B * gain[:, None]).t().to(dtype).contiguous()  # (R, N)
@@ -353,7 +571,7 @@ def _lora_linear_bwd_cpu(
             keep_own(ds[:, columns[i]], segment_ids.to(torch.int64).contiguous(), a[i].shape[0])
         if needs_adapters:
             own, grad = s[:, columns[i]], dys[i].new_empty(bt.shape, dtype=acc)  # S, dB^T
-            rank_gram(own.to(acc), dys[i], Mask(0, None, 0, None), grad, isa)
+            rank_gram(own if on_gpu(own) else own.to(acc), dys[i], Mask(0, None, 0, None), grad, isa)
             db.append(_unflat(grad if gain is None else grad * gain, b[i], True))
             if gain is not None:
                 dm.append(_dm(dys[i], as_matrix(unbiased[i]), magnitudes[i], norms[i], as_matrix(x), weights[i], own, B, isa))
@@ -361,43 +579,25 @@ def _lora_linear_bwd_cpu(
         x2 = as_matrix(x)
         if any(thresholds):
             for i, mask in enumerate(masks):
-                grad = ds.new_empty(columns[i].stop - columns[i].start, K)
+                grad = ds.new_empty(columns[i].stop - columns[i].start, K, dtype=acc)
                 rank_gram(ds[:, columns[i]], x2, mask, grad, isa)
                 da.append(_unflat(grad, a[i], False))
         else:
-            grad = ds.new_empty(ds.shape[1], K)
+            grad = ds.new_empty(ds.shape[1], K, dtype=acc)
             rank_gram(ds, x2, Mask(0, None, 0, None), grad, isa)
             da = [_unflat(grad[cols], t, False) for cols, t in zip(columns, a, strict=True)]
-    dx = None
-    if needs_dx:
-        dx = _dense_dx(dys, weights, gains)
-        if any(thresholds):
-            for (A, _, _), cols, mask in zip(flat, columns, masks, strict=True):
-                rank_update(ds[:, cols], A.to(acc), dx, mask, isa)
-        else:
-            rank_update(ds, torch.cat([f[0] for f in flat]).to(acc), dx, Mask(0, None, 0, None), isa)
-        dx = dx.to(dtype)
-    return [dys[0].new_empty(0) if dx is None else dx, *da, *db, *dm]
-
-
-@torch.library.register_kernel("swiftk::lora_linear_fwd", "cuda")
-def _lora_linear_fwd_cuda(*args):
-    no_cuda_kernel("lora_linear")
-
-
-@torch.library.register_kernel("swiftk::lora_linear_bwd", "cuda")
-def _lora_linear_bwd_cuda(*args):
-    no_cuda_kernel("lora_linear")
+    dx = _dx(dys, weights, gains, ds, flat, columns, masks, isa) if needs_dx else dys[0].new_empty(0)
+    return [dx, *da, *db, *dm]
 
 
 @torch.library.register_fake("swiftk::lora_linear_fwd")
 def _lora_linear_fwd_fake(
     x, weights, absmax, blocksizes, biases, a, b, scales, magnitudes, norms_sq, thresholds, layers, seed_step, token_index,
-    segment_ids, isa,
+    segment_ids, numerics, isa,
 ):  # fmt: skip
     M, acc = math.prod(x.shape[:-1]), acc_dtype(x.dtype)
     ys = [x.new_empty(*x.shape[:-1], t.shape[-2]) for t in b]
-    wide = [len(biases) > 0 and biases[i].shape[0] > 0 for i in range(len(magnitudes))]
+    wide = [on_gpu(x) or (len(biases) > 0 and biases[i].shape[0] > 0) for i in range(len(magnitudes))]
     unbiased = [x.new_empty(M, b[i].shape[-2]) if wide[i] else x.new_empty(0) for i in range(len(magnitudes))]
     norms = [x.new_empty(t.shape, dtype=acc) for t in magnitudes]
     return [*ys, x.new_empty(M, sum(_columns(t) for t in a)), *unbiased, *norms]
@@ -417,7 +617,7 @@ def _lora_linear_bwd_fake(
 
 def _setup_context(ctx, inputs, output):
     (x, weights, absmax, ctx.blocksizes, biases, a, b, ctx.scales, magnitudes, norms_sq, ctx.thresholds, ctx.layers, seed_step,
-     token_index, segment_ids, ctx.isa) = inputs  # fmt: skip
+     token_index, segment_ids, _, ctx.isa) = inputs  # fmt: skip
     n, dora = len(weights), len(magnitudes)
     ctx.needs_adapters = any(t.requires_grad for t in (*a, *b, *magnitudes))
     ctx.mark_non_differentiable(*output[n:])
@@ -440,7 +640,7 @@ def _backward(ctx, grads):
     )
     given = next((dy for dy in grads[:n] if dy is not None), None)
     if given is None:
-        sizes = (None, n, absmax_n, None, biases_n, n, n, None, dora, norms_sq_n, *[None] * 6)
+        sizes = (None, n, absmax_n, None, biases_n, n, n, None, dora, norms_sq_n, *[None] * 7)
         return tuple(None if size is None else [None] * size for size in sizes)
     shape = given.shape[:-1]
     dys = [given.new_zeros(*shape, t.shape[-2]) if dy is None else dy for dy, t in zip(grads, b, strict=False)]
@@ -453,7 +653,7 @@ def _backward(ctx, grads):
     dbias = [as_matrix(dys[i]).sum(0, dtype=acc).to(dys[i].dtype) if need else None for i, need in enumerate(needs_bias)]
     return (
         dx.view(*shape, a[0].shape[-1]) if needs_dx else None, [None] * n, [None] * absmax_n, None, dbias, da, db, None, dm,
-        [None] * norms_sq_n, None, None, None, None, None, None,
+        [None] * norms_sq_n, None, None, None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -524,11 +724,12 @@ def check_lora(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
         check_dropout(op, dropout, x)
 
 
-def _apply(op, x, weights, adapters, biases, dropouts, segment_ids, isa) -> list[torch.Tensor]:
+def _apply(op, x, weights, adapters, biases, dropouts, segment_ids, numerics, isa) -> list[torch.Tensor]:
     if not isinstance(x, torch.Tensor) or x.dim() == 0:
         raise ValueError(f"{op}: x has {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}, wants (..., K)")
     for args in zip(weights, adapters, biases, dropouts, strict=True):
         check_lora(op, x, *args, segment_ids)
+    check_numerics(op, numerics)
     check_isa(op, isa)
     drawn = [d for d in dropouts if d is not None]
     if any(d.seed_step is not drawn[0].seed_step or d.token_index is not drawn[0].token_index for d in drawn):
@@ -547,15 +748,17 @@ def _apply(op, x, weights, adapters, biases, dropouts, segment_ids, isa) -> list
         [w.blocksize if nf4 else 0 for w, nf4 in zip(bases, packed, strict=True)], given,
         [t.a for t in adapters], [t.b for t in adapters], scales, dora, norms,
         [0 if d is None else d.threshold for d in dropouts], [0 if d is None else d.layer for d in dropouts],
-        drawn[0].seed_step if drawn else None, drawn[0].token_index if drawn else None, segment_ids, isa,
+        drawn[0].seed_step if drawn else None, drawn[0].token_index if drawn else None, segment_ids,
+        numerics, isa,
     )  # fmt: skip
 
 
 def lora_linear(
     x: torch.Tensor, weight: torch.Tensor | NF4Tensor, adapter: Adapter, bias: torch.Tensor | None = None, *,
-    dropout: Dropout | None = None, segment_ids: torch.Tensor | None = None, isa: str = "auto",
+    dropout: Dropout | None = None, segment_ids: torch.Tensor | None = None, numerics: str = "auto", isa: str = "auto",
 ) -> torch.Tensor:  # fmt: skip
-    """y = g (x W^T + s drop(x) A^T B^T) + bias, differentiable in x, a, b, magnitude and bias; a row depends on itself alone.
+    """y = g (x W^T + s drop(x) A^T B^T) + bias, differentiable in x, a, b, magnitude and bias; a row depends on itself alone
+    (on CUDA with numerics="invariant").
 
     Args:
         x: (..., K), bf16, fp32 or fp64, any strides; zero rows are allowed.
@@ -564,19 +767,20 @@ def lora_linear(
         bias: (N,), dtype and device of x, or None.
         dropout: of A's input in training; None in evaluation.
         segment_ids: int32 or int64 (T,), with a stack of adapters: the adapter of each row of x, -1 for none.
+        numerics: of the forward on CUDA, see `linear`.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
     Returns: (..., N) in x's dtype, contiguous; accumulated in fp32 (fp64 for fp64), rounded once. Gradients of a, b and
         magnitude come in their own dtype.
-    Raises: ValueError for a wrong shape, dtype, device, range or isa, and for a weight that requires a gradient;
-        NotImplementedError on CUDA (no kernel yet) and for the gradient of the gradient.
+    Raises: ValueError for a wrong shape, dtype, device, range, numerics or isa, and for a weight that requires a gradient;
+        NotImplementedError for the gradient of the gradient.
     """
-    return _apply("lora_linear", x, [weight], [adapter], [bias], [dropout], segment_ids, isa)[0]
+    return _apply("lora_linear", x, [weight], [adapter], [bias], [dropout], segment_ids, numerics, isa)[0]
 
 
 def lora_linear_group(
     x: torch.Tensor, weights: Sequence[torch.Tensor | NF4Tensor], adapters: Sequence[Adapter],
     biases: Sequence[torch.Tensor | None] | None = None, *, dropouts: Sequence[Dropout | None] | None = None,
-    segment_ids: torch.Tensor | None = None, isa: str = "auto",
+    segment_ids: torch.Tensor | None = None, numerics: str = "auto", isa: str = "auto",
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """lora_linear of several weights on one x (q, k, v; gate, up): equal results; dx is one sum.
 
@@ -591,4 +795,5 @@ def lora_linear_group(
     sizes = {"weights": len(weights), "adapters": len(adapters), "biases": len(biases), "dropouts": len(dropouts)}
     if len(set(sizes.values())) > 1 or not weights:
         raise ValueError(f"lora_linear_group: has {sizes}, wants equal lengths of at least 1")
-    return tuple(_apply("lora_linear_group", x, weights, adapters, biases, dropouts, segment_ids, isa)[: len(weights)])
+    ys = _apply("lora_linear_group", x, weights, adapters, biases, dropouts, segment_ids, numerics, isa)
+    return tuple(ys[: len(weights)])

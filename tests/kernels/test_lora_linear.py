@@ -349,13 +349,13 @@ def test_opcheck(dora):
     torch.library.opcheck(
         torch.ops.swiftk.lora_linear_fwd.default,
         (x, [w, w], [], [0, 0], [bias, none], [a, a], [b, b], [2.0, 1.0], [m.requires_grad_()] * 2 if dora else [],
-         [row_norm_sq(w)] * 2 if dora else [], [d.threshold, 0], [5, 6], d.seed_step, d.token_index, None, "auto"),
+         [row_norm_sq(w)] * 2 if dora else [], [d.threshold, 0], [5, 6], d.seed_step, d.token_index, None, "auto", "auto"),
     )  # fmt: skip
     stack = (torch.randn(2, 3, 20).requires_grad_(), torch.randn(2, 10, 3).requires_grad_())
     torch.library.opcheck(
         torch.ops.swiftk.lora_linear_fwd.default,
         (x, [w], [], [0], [], [stack[0]], [stack[1]], [2.0, 1.0], [], [], [0], [0], None, None,
-         torch.tensor([0, 1, -1, 0, 0, 1]), "auto"),
+         torch.tensor([0, 1, -1, 0, 0, 1]), "auto", "auto"),
     )  # fmt: skip
 
 
