@@ -57,6 +57,7 @@ def check_operator(f: Callable, *inputs: torch.Tensor, **options) -> None:
         return f(*args, **options)
 
     want = run(call)
+    torch._dynamo.reset()  # `call` of another op is the same code to it, and it compiles that only so often
     ways = {
         "compiled": torch.compile(call, fullgraph=True, backend="aot_eager"),
         "checkpointed": lambda *args: torch.utils.checkpoint.checkpoint(call, *args, use_reentrant=False),
