@@ -349,7 +349,7 @@ def base_products(x: torch.Tensor, products: Sequence[Product], isa: str, numeri
     """Several of one x, the plain and the NF4 ones in one call each."""
     for nf4, out in ((False, linear_group_out), (True, nf4_linear_group_out)):
         if group := [p for p in products if isinstance(p.weight, NF4Tensor) == nf4]:
-            out(x, group, isa, *(() if nf4 else (numerics,)))
+            out(x, group, isa, numerics)
 
 
 # --- operator ----------------------------------------------------------------------------------------------------

@@ -7,12 +7,15 @@ import torch
 
 from swiftk.kernels import _head, vocab_stats
 from swiftk.kernels import linear_cross_entropy as module
+from swiftk.kernels.dropout import Dropout
 from swiftk.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_ref,
     token_logprobs,
     token_logprobs_ref,
 )
+from swiftk.kernels.lora_linear import Adapter, row_norm_sq
+from swiftk.kernels.nf4 import nf4_dequantize, nf4_quantize
 from swiftk.testing.accuracy import assert_accurate
 from tests.triton.launched import check_operator, operators_take
 
@@ -106,6 +109,45 @@ def test_token_logprobs(dtype, device):
         results.append((logprobs, *torch.autograd.grad(logprobs.square().sum(), xs)))
     for ours, plain, exact in zip(*results, strict=True):
         assert_accurate(ours, plain, exact)
+
+
+@pytest.mark.parametrize(("mode", "kind"), [*itertools.product(MODES, ["lora dropout", "dora", "nf4", "nf4 dora dropout"])])
+def test_adapted_and_nf4_heads(kind, mode, device, small_blocks):
+    """Gradients of x, a, b and m; ignored rows hold NaN."""
+    x, w, y, weights = make(12, 64, 4099, torch.float32, device)
+    base = nf4_quantize(w) if "nf4" in kind else w
+    w = nf4_dequantize(base).float() if "nf4" in kind else w
+    a, b = torch.randn(3, 64, device=device) / 8, torch.randn(4099, 3, device=device) / 2
+    m = 1 + torch.rand(4099, device=device) if "dora" in kind else None
+    dropout = None
+    if "dropout" in kind:
+        dropout = Dropout(0.3, torch.tensor([7, 5], device=device), 2, torch.arange(12, device=device))
+    x[y == IGNORE] = torch.nan
+    keep, results = y != IGNORE, []
+    for cast in (None, torch.float32, torch.float64):
+        leaves = [t.to(cast or t.dtype).requires_grad_() for t in (x.detach(), a, b, m) if t is not None]
+        if kind == "nf4":
+            leaves = leaves[:1]
+        factors = leaves[1:] or None
+        weight = base if cast is None else w.to(cast)
+        lora = (
+            None
+            if factors is None
+            else Adapter(*factors[:2], 0.75, *([factors[2], row_norm_sq(weight)] if m is not None else []))
+        )
+        if cast is None:
+            loss, _ = linear_cross_entropy(
+                leaves[0], weight, y, adapter=lora, dropout=dropout, token_weights=weights, mode=mode
+            )
+        else:
+            drop = None if dropout is None else dropout._replace(token_index=dropout.token_index[keep])
+            loss, _ = linear_cross_entropy_ref(
+                leaves[0][keep], weight, y[keep], adapter=lora, dropout=drop, token_weights=weights[keep].to(cast)
+            )
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    for i, (ours, plain, exact) in enumerate(zip(*results, strict=True)):
+        assert_accurate(ours, plain, exact, f"result {i}")
+    assert (results[0][1][~keep] == 0).all()
 
 
 @pytest.mark.parametrize(("mode", "frozen"), [*itertools.product(MODES, [True, False])])

@@ -7,6 +7,7 @@ from swiftk.kernels import lora_linear as module
 from swiftk.kernels._native import acc_dtype
 from swiftk.kernels.dropout import Dropout
 from swiftk.kernels.lora_linear import Adapter, lora_linear, lora_linear_group, lora_linear_ref, row_norm_sq
+from swiftk.kernels.nf4 import nf4_dequantize, nf4_quantize
 from swiftk.testing.accuracy import assert_accurate
 from tests.triton.launched import check_operator, dots_like_a_gpus, operators_take
 
@@ -154,6 +155,22 @@ def test_invariant_a_row_depends_on_itself_alone(kind, dtype, device):
                 gain = module._gain(m, module.adapted_norm(w, *flat, lora.weight_norm_sq, "auto"))
             module.base_product(x, w, bias, y, "auto", (s, flat[1]), gain, "invariant")
             assert torch.equal(y, whole)
+
+
+@pytest.mark.parametrize("kind", ["bias dropout", "dora"])
+def test_an_nf4_base(kind, device):
+    """What its dequantised weight gives, to rounding."""
+    x, w, a, b, bias, m, dropout = make(20, 33, 64, 3, kind, torch.float32, device)
+    base = nf4_quantize(w)
+    w = nf4_dequantize(base).float()
+    leaves = [t.requires_grad_() for t in (x, a, b, m) if t is not None]
+    results = []
+    for weight in (base, w):
+        norm = None if m is None else row_norm_sq(weight)
+        y = lora_linear(x, weight, Adapter(a, b, 0.75, m, norm), bias, dropout=dropout)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for got, want in zip(*results, strict=True):
+        assert_accurate(got, want, want.double())
 
 
 def test_nan_stays_in_its_row_and_calls_repeat(device):
