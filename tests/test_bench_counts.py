@@ -14,7 +14,7 @@ from swiftk import bench
 from swiftk.benchmarks.harness import Options
 
 # no operator to look at: one native call for a list of tensors, or the launcher by itself
-LAUNCHED = {"adamw_8bit", "paged", "sample", "lora_linear"}
+LAUNCHED = {"adamw_8bit", "paged", "sample"}
 
 
 class Seen(TorchDispatchMode):

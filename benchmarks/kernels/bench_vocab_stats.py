@@ -14,6 +14,10 @@ from swiftk.testing.accuracy import error
 
 def cases(options: Options) -> Iterator[Case]:
     shapes = [(8, 16, 3000)] if options.quick else [(1, 1024, 151_936), (512, 1024, 32_768)]
+    if options.device == "cuda" and not options.quick:
+        yield case(8192, 4096, 151_936, torch.bfloat16, options)
+        yield case(1, 4096, 151_936, torch.bfloat16, options)
+        return
     for dtype in (torch.float32, torch.bfloat16):
         for T, H, V in shapes:
             yield case(T, H, V, dtype, options)
@@ -25,8 +29,9 @@ def case(T: int, H: int, V: int, dtype: torch.dtype, options: Options) -> Case:
     y = torch.randint(V, (T,), device=options.device)
 
     def check(stats):
-        want = torch.log_softmax(F.linear(x.double(), w.double()), -1).gather(-1, y[:, None])[:, 0]
-        assert error(stats.logprob, want) <= 1e-5
+        rows = slice(0, T, max(1, T // 16))
+        want = torch.log_softmax(F.linear(x[rows].double(), w.double()), -1).gather(-1, y[rows, None])[:, 0]
+        assert error(stats.logprob[rows], want) <= 1e-5
 
     return Case(
         op="vocab_stats", name=f"fwd T={T} H={H} V={V}", dtype=dtype, check=check, peer_memory=T > 1,
