@@ -33,6 +33,7 @@ Not supported: fp16, an activation in the epilogue. An NF4 weight: kernels/nf4_l
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ from swiftk.kernels._checks import check_floating, check_isa, check_shape
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import jit, launch, on_gpu, ship, tl, tl_acc
 
-NUMERICS = ("auto", "invariant")
+NUMERICS, BACKENDS = ("auto", "invariant"), ("swiftk", "transformer_engine")
 
 # --- reference ---------------------------------------------------------------------------------------------------
 
@@ -308,6 +309,34 @@ def _backward(ctx, dy):
 torch.library.register_autograd("swiftk::linear_fwd", _backward, setup_context=_setup_context)
 
 
+# --- other people's kernels --------------------------------------------------------------------------------------
+
+
+def _transformer_engine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """NVIDIA's module around our weight; a module of its own for each call, since its backward reads the weight from it."""
+    try:
+        from transformer_engine.pytorch import Linear
+    except ImportError as error:
+        raise ImportError(
+            f"linear: backend has 'transformer_engine', which cannot be imported ({error}); "
+            "pip install transformer-engine[pytorch], or leave out backend"
+        ) from error
+    known = inspect.signature(Linear.__init__).parameters
+    if not {"in_features", "out_features", "bias", "params_dtype", "device"} <= known.keys():
+        raise ImportError(
+            f"linear: the installed transformer_engine's Linear takes {', '.join(known)}, wants in_features, out_features, "
+            "bias, params_dtype and device among them (1.0 or later); leave out backend"
+        )
+    if not x.is_cuda:
+        raise ValueError(f"linear: x has device {x.device}, backend 'transformer_engine' wants a CUDA device")
+    N, K = weight.shape
+    module = Linear(in_features=K, out_features=N, bias=bias is not None, params_dtype=weight.dtype, device="meta")
+    module._parameters["weight"] = weight
+    if bias is not None:
+        module._parameters["bias"] = bias
+    return module(x)
+
+
 # --- public ------------------------------------------------------------------------------------------------------
 
 
@@ -317,8 +346,9 @@ def check_numerics(op: str, numerics: str) -> None:
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, numerics: str = "auto", isa: str = "auto"
-) -> torch.Tensor:
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str = "swiftk", numerics: str = "auto",
+    isa: str = "auto",
+) -> torch.Tensor:  # fmt: skip
     """y = x W^T + b, differentiable in x, weight and bias; a row's result depends on that row, weight and bias alone (on CUDA
     with numerics="invariant").
 
@@ -326,11 +356,14 @@ def linear(
         x: (..., K), bf16, fp32 or fp64, any strides; zero rows are allowed.
         weight: (N, K), dtype and device of x.
         bias: (N,), dtype and device of x, or None.
+        backend: "swiftk", or "transformer_engine" for NVIDIA's module (CUDA; no promise of ours holds for it; its call is
+            tested against a stand-in, it has not run on a GPU).
         numerics: of the forward on CUDA: "auto", the vendor's GEMM, or "invariant", a fixed order over K for any number of
             rows. The CPU is always invariant.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
     Returns: (..., N) in x's dtype, contiguous; accumulated in fp32 (fp64 for fp64; "auto" on CUDA: torch), rounded once.
-    Raises: ValueError for a wrong shape, dtype, device, numerics or isa; ImportError for "invariant" on CUDA without Triton.
+    Raises: ValueError for a wrong shape, dtype, device, backend, numerics or isa; ImportError without the backend, and for
+        "invariant" on CUDA without Triton.
     """
     check_floating("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     if x.dim() == 0:
@@ -342,4 +375,8 @@ def linear(
         check_shape("linear", "bias", bias, (weight.shape[0],), f"weight {tuple(weight.shape)}")
     check_numerics("linear", numerics)
     check_isa("linear", isa)
+    if backend not in BACKENDS:
+        raise ValueError(f"linear: backend has {backend!r}, wants one of {', '.join(BACKENDS)}")
+    if backend == "transformer_engine":
+        return _transformer_engine(x, weight, bias)
     return torch.ops.swiftk.linear_fwd(x, weight, bias, numerics, isa)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from collections.abc import Iterator
 
@@ -42,13 +43,16 @@ def forward(M: int, N: int, K: int, dtype: torch.dtype, options: Options, numeri
         want = F.linear(x[rows].double(), weights[0].double())
         assert_accurate(y[rows], want.to(dtype), want)
 
+    peers = {"torch": lambda: F.linear(x, next(peer_turn))}
+    if options.device == "cuda" and importlib.util.find_spec("transformer_engine"):
+        peers["transformer_engine"] = lambda: linear(x, next(peer_turn), backend="transformer_engine")
     kind = (" invariant" if numerics == "invariant" else "") + (" cold W" if copies > 1 else "")
     return Case(
         op="linear", name=f"fwd M={M} N={N} K={K}{kind}", dtype=dtype, check=check,
         run=lambda: linear(x, next(turn), numerics=numerics, isa=options.isa),
         bytes=size + (x.numel() + M * N) * x.element_size(),  # W and x read, y written
         flops=0 if M == 1 else 2 * M * N * K,
-        peers={"torch": lambda: F.linear(x, next(peer_turn))},
+        peers=peers,
         goal=">= 90 % of torch's bandwidth" if M == 1 else "<= 1.25x torch" if M >= 256 and K >= 512 else "",
     )  # fmt: skip
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -279,3 +282,38 @@ def test_errors(args, message):
         linear(*args)
     with pytest.raises(ValueError, match="linear: isa has 'sse9', wants one of"):
         linear(torch.randn(2, 4), torch.randn(3, 4), isa="sse9")
+
+
+def test_other_backends(monkeypatch):
+    """transformer_engine is asked for, never chosen; where it is missing, other or on a CPU an error says what to do."""
+    x, w, b = make(3, 5, 4, torch.float32)
+    with pytest.raises(ValueError, match="linear: backend has 'apex', wants one of swiftk, transformer_engine"):
+        linear(x, w, backend="apex")
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    with pytest.raises(ImportError, match=r"linear: .*pip install transformer-engine\[pytorch\]"):
+        linear(x, w, backend="transformer_engine")
+
+    class Linear(torch.nn.Module):  # a stand-in, with those of the installed one's arguments that are given
+        def __init__(self, in_features, out_features, bias=True, params_dtype=None, device="cuda"):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
+            self.bias = torch.nn.Parameter(torch.empty(out_features, dtype=params_dtype, device=device)) if bias else None
+
+        def forward(self, x):
+            return F.linear(x, self.weight, self.bias)
+
+    package, module = types.ModuleType("transformer_engine"), types.ModuleType("transformer_engine.pytorch")
+    module.Linear = Linear
+    monkeypatch.setitem(sys.modules, "transformer_engine", package)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
+    with pytest.raises(ValueError, match="linear: x has device cpu, backend 'transformer_engine' wants a CUDA device"):
+        linear(x, w, backend="transformer_engine")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    inputs = [t.requires_grad_() for t in (x, w, b)]
+    y, want = linear(*inputs, backend="transformer_engine"), F.linear(*inputs)
+    assert torch.equal(y, want) and torch.equal(linear(x, w, backend="transformer_engine"), F.linear(x, w))
+    for got, wanted in zip(torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(want.sum(), inputs), strict=True):
+        assert torch.equal(got, wanted)
+    module.Linear = type("Linear", (Linear,), {"__init__": lambda self, size: None})
+    with pytest.raises(ImportError, match="takes self, size, wants in_features, out_features"):
+        linear(x, w, backend="transformer_engine")
