@@ -235,7 +235,7 @@ def _encode(x, edges, first, negative, SHIFT: tl.constexpr, SIGNED: tl.constexpr
     if SIGNED:
         below = (bits >> 31) != 0
         bucket = tl.where(below, bucket + negative, bucket)
-        rest = tl.where(below, ~rest, rest)
+        rest = tl.where(below, rest ^ 0xFFFFFFFF, rest)
     return (tl.load(edges + bucket).to(tl.uint32, bitcast=True) + rest) >> 24
 
 
