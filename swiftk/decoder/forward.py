@@ -8,7 +8,10 @@ are cut into steps. Weights are read where the model has them. Copied, once per 
 the trainer casts at use (fp32 masters under a bf16 compute dtype), and DoRA's norms.
 
 The launches of all blocks are recorded once per (rows, sequences, ...) on a tape (csrc/tape.h) and run again from C++: what
-changes from step to step lies in buffers of fixed addresses.
+changes from step to step lies in buffers of fixed addresses. On a GPU CUDA graphs take the tapes' place: rows and sequences are
+padded to a few sizes, by rows that write to no slot and sequences without queries, and what a step brings travels in one copy.
+There the numbers of a row are those of its own only with numerics="invariant", and the trainer's up to the rounding of
+attention, whose tiles differ (docs/numerics.md).
 Several adapters in one step: per linear their A are one matrix and their B another, a row's products with those of others
 are zeroed (kernels/lora_linear.py).
 """
@@ -16,6 +19,7 @@ are zeroed (kernels/lora_linear.py).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from swiftk.decoder.pages import huge_pages
 from swiftk.kernels._native import acc_dtype, native
+from swiftk.kernels._triton import on_gpu
 from swiftk.kernels.attention.paged import paged_attention_out, store_kv_out
 from swiftk.kernels.linear import Product
 from swiftk.kernels.lora_linear import ALIGN, Adapter, adapted_norm, base_products, keep_own, scales_of
@@ -47,6 +52,8 @@ register_optimizer_step_post_hook(_count_fused)
 
 _GONE = torch.empty(0)  # stands for a parameter that the model has no more
 TAPES = 128  # kept; a mix of chunks and decodes has a new number of rows at every step
+WIDE = ("ids", "positions", "slots", "owner")  # what a step says of each row, int64; the rest is int32
+GRAPH_ROWS = 256  # a step of more rows keeps a GPU busy for longer than its launches take: it gets no graph
 
 
 @dataclass(frozen=True)
@@ -105,33 +112,41 @@ class Forward:
         isa: str = "auto", adapters: Sequence[LoadedAdapter] = (),
     ) -> None:  # fmt: skip
         self.model, self.isa, self.block_size, self.max_tokens = model, isa, block_size, max_tokens
-        self.dtype, self.acc = model.compute_dtype, acc_dtype(model.compute_dtype)
-        self.adapters = adapters
+        self.dtype, self.acc, self.device = model.compute_dtype, acc_dtype(model.compute_dtype), model.device
+        self.adapters, self.max_seqs = adapters, max_seqs
         self._tapes: dict[tuple, Any] = {}
+        self._on_gpu = on_gpu(model.rope_cos)
+        self._pool: Any = None  # of the graphs
         self._bind()
         self._places: list[tuple[dict[str, Any], str]] = [  # a parameter that is replaced stands in the same place
             (kept, name) for m in model.modules() for kept in (m._parameters, m._buffers)
             for name, t in kept.items() if t is not None
         ]  # fmt: skip
         self._known, self._known_shapes = self._state(), self._shapes()
-        c, new = model.config, lambda *shape, dtype=self.dtype: torch.empty(shape, dtype=dtype)
+        c, new = model.config, lambda *shape, dtype=self.dtype: torch.empty(shape, dtype=dtype, device=self.device)
         # a head's rows of a block lie together: reads 2 and 4 KiB apart would fall into the same sets of the L1 cache
         places = (num_blocks, c.num_key_value_heads, block_size, c.head_dim)
         self.cache = [(new(*places).transpose(1, 2), new(*places).transpose(1, 2)) for _ in model.model.layers]
-        huge_pages([t for pair in self.cache for t in pair], written=False)
+        if self.device.type == "cpu":
+            huge_pages([t for pair in self.cache for t in pair], written=False)
         heads, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.x, self.h, self.z = (new(max_tokens, c.hidden_size) for _ in range(3))
         self.q, self.k, self.v, self.o = (new(max_tokens, width) for width in (heads, kv, kv, heads))
         self.gate, self.up, self.act = (new(max_tokens, c.intermediate_size) for _ in range(3))
         self.rstd = new(max_tokens * max(1, c.num_attention_heads), dtype=self.acc)
         self.s = new(max_tokens * max(sum(len(p.a) for p in linears if p.a is not None) for linears in self._groups))
-        self.ids, self.positions, self.slots, self.owner = (torch.zeros(max_tokens, dtype=torch.int64) for _ in range(4))
-        self.cu_seqlens, self.lengths = (torch.zeros(n, dtype=torch.int32) for n in (max_seqs + 1, max_seqs))
-        self.table = torch.zeros(max_seqs, -(-max_len // block_size), dtype=torch.int32)
-        names = ("ids", "positions", "slots", "owner", "lengths", "table")
-        self._numpy = {name: getattr(self, name).numpy() for name in names} | {"ends": self.cu_seqlens.numpy()[1:]}
+        sizes: dict[str, tuple[int, ...]] = {name: (max_tokens,) for name in WIDE}
+        sizes |= {"cu_seqlens": (max_seqs + 1,), "lengths": (max_seqs,), "table": (max_seqs, -(-max_len // block_size))}
+        count = sum(math.prod(shape) * (1 + (name in WIDE)) for name, shape in sizes.items())
+        self._inputs = torch.zeros(count, dtype=torch.int32, device=self.device)
+        self._host = self._inputs if self.device.type == "cpu" else torch.zeros(count, dtype=torch.int32).pin_memory()
+        self._copied = None if self.device.type == "cpu" else torch.cuda.Event()
+        seen, host = _views(self._inputs, sizes), _views(self._host, sizes)
+        self.ids, self.positions, self.slots, self.owner, self.cu_seqlens, self.lengths, self.table = seen.values()
+        self._numpy = {name: t.numpy() for name, t in host.items()}
+        self._numpy["ends"] = self._numpy["cu_seqlens"][1:]
         self._held: list[tuple[Any, int]] = [(None, 0)] * max_seqs  # whose blocks a row of the table has, and how many
-        self._logits = torch.empty(0, dtype=self.acc)
+        self._logits = new(0, dtype=self.acc)
 
     # --- the weights -----------------------------------------------------------------------------------------------
 
@@ -158,7 +173,8 @@ class Forward:
         self.head = self._adapted(LM_HEAD, weight, None, None if own is None else own.adapter)
         self._groups = [(self.head,), *(linears for b in self.blocks for linears in (b.qkv, b.o, b.gate_up, b.down))]
         read = [t for linears in self._groups for p in linears for t in (*_parts(p.weight), p.a, p.b) if t is not None]
-        huge_pages(read, written=True)
+        if self.device.type == "cpu":
+            huge_pages(read, written=True)
 
     def _cast(self, p: torch.Tensor) -> torch.Tensor:
         """p itself where it has the compute dtype, else a copy that `follow` fills again."""
@@ -189,9 +205,10 @@ class Forward:
             return self._with_own(weight, bias, own)
         if found:
             columns = max(-(-len(a) // ALIGN) * ALIGN for _, (a, _) in found)
-            a = torch.zeros(len(self.adapters), columns, found[0][1][0].shape[1], dtype=self.dtype)
-            b = torch.zeros(found[0][1][1].shape[0], len(self.adapters), columns, dtype=self.dtype)
-            factor = torch.zeros(len(self.adapters), columns, dtype=self.acc)
+            zeros = functools.partial(torch.zeros, device=self.device)
+            a = zeros(len(self.adapters), columns, found[0][1][0].shape[1], dtype=self.dtype)
+            b = zeros(found[0][1][1].shape[0], len(self.adapters), columns, dtype=self.dtype)
+            factor = zeros(len(self.adapters), columns, dtype=self.acc)
             for i, (a_i, b_i) in found:
                 a[i, : len(a_i)], b[:, i, : len(a_i)] = a_i, b_i
             for i, one in enumerate(self.adapters):
@@ -202,10 +219,10 @@ class Forward:
     def _with_own(self, weight, bias, own: Adapter) -> _Linear:
         a, b = self._cast(own.a), self._cast(own.b)
         (scale,) = scales_of(own, 1)
-        factor = torch.full((len(a),), scale, dtype=self.acc)
+        factor = torch.full((len(a),), scale, dtype=self.acc, device=self.device)
         if own.magnitude is None:
             return _Linear(weight, bias, a, b, factor)
-        gain = torch.empty(len(b), dtype=self.acc)
+        gain = torch.empty(len(b), dtype=self.acc, device=self.device)
 
         magnitude = own.magnitude.detach()
 
@@ -252,6 +269,8 @@ class Forward:
 
     def __call__(self, step: Sequence[Rows]) -> int:
         """Writes the keys and values of all rows into the cache and their last hidden states into `h`; the number of rows."""
+        if self._copied is not None:
+            self._copied.synchronize()  # the last step's copy has left the buffer that is written now
         size = self.block_size
         new: dict[str, list[int]] = {name: [] for name in ("ids", "positions", "slots", "owner", "ends", "lengths")}
         for i, part in enumerate(step):
@@ -270,6 +289,9 @@ class Forward:
             self._numpy[name][: len(values)] = values
         row = len(new["ids"])
         stacked = bool(self.adapters) and any(part.adapter >= 0 for part in step)
+        if self._on_gpu:
+            self._run_padded(row, len(step), stacked)
+            return row
         self.x[:row] = self.model.model.embed_tokens(self.ids[:row])
         key = (row, len(step), stacked, torch.get_num_threads())
         tape = self._tapes.get(key)
@@ -286,6 +308,36 @@ class Forward:
         tape.run()
         return row
 
+    def _run_padded(self, row: int, count: int, stacked: bool) -> None:
+        """A step on a GPU: padded to a size that comes again, by a graph of that size."""
+        rows, sequences = _padded(row, self.max_tokens), _padded(count, self.max_seqs)
+        for name, value in (("ids", 0), ("positions", 0), ("slots", -1), ("owner", -1)):
+            self._numpy[name][row:rows] = value
+        self._numpy["ends"][count:sequences], self._numpy["lengths"][count:sequences] = row, 0
+        if self._copied is not None:
+            self._inputs.copy_(self._host, non_blocking=True)
+            self._copied.record()
+        key = (rows, sequences, stacked)
+        if (graph := self._tapes.get(key)) is not None:
+            graph.replay()
+            return
+
+        def run() -> None:
+            self.x[:rows] = self.model.model.embed_tokens(self.ids[:rows])
+            self._blocks(rows, sequences, stacked)
+
+        run()
+        if self.device.type == "cpu" or rows > GRAPH_ROWS:
+            return
+        if len(self._tapes) == TAPES:
+            self._tapes.clear()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()  # one for all graphs: they never run side by side
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):  # records, and writes nothing
+            run()
+        self._tapes[key] = graph
+
     def _blocks(self, m: int, s: int, stacked: bool) -> None:
         c, isa = self.model.config, self.isa
         x, h, z, q, k, v, o = (t[:m] for t in (self.x, self.h, self.z, self.q, self.k, self.v, self.o))
@@ -293,7 +345,7 @@ class Forward:
         qh, kh, vh, oh = (t.view(m, -1, c.head_dim) for t in (q, k, v, o))
         positions, table = self.positions[:m], (self.table[:s], self.lengths[:s], self.cu_seqlens[: s + 1])
         cos, sin = self.model.rope_cos, self.model.rope_sin
-        multiply = functools.partial(self._multiply, stacked=stacked, owner=self.owner)
+        multiply = functools.partial(self._multiply, stacked=stacked, owner=self.owner[:m])
         residual = None
         for i, block in enumerate(self.blocks):
             rms_norm_out(x, block.norm1, c.rms_norm_eps, h, self.rstd, isa, residual=residual)
@@ -306,7 +358,8 @@ class Forward:
                 rope_out(y, cos, sin, positions, y, isa=isa)
             store_kv_out(kh, vh, *self.cache[i], self.slots[:m])
             left, _ = c.window_size(i)
-            paged_attention_out(qh, *self.cache[i], *table, None, c.head_dim**-0.5, 0.0, left, 0, oh, None, isa)
+            options = c.head_dim**-0.5, 0.0, left, 0, oh, None, isa, self.model.numerics
+            paged_attention_out(qh, *self.cache[i], *table, None, *options)
             multiply(block.o, o, (z,))
             rms_norm_out(x, block.norm2, c.rms_norm_eps, h, self.rstd, isa, residual=z)
             multiply(block.gate_up, h, (gate, up))
@@ -319,7 +372,7 @@ class Forward:
         self, linears: Sequence[_Linear], x: torch.Tensor, ys: Sequence[torch.Tensor], stacked: bool, owner: torch.Tensor
     ) -> None:
         """All of one x, in one call, and the low ranks before them in another; owner: the adapter of each row of x."""
-        tails, used = [], 0
+        tails, used, numerics = [], 0, self.model.numerics
         for p in linears:
             tail = None
             if p.a is not None and p.b is not None and (stacked or not p.adapters):
@@ -328,22 +381,22 @@ class Forward:
             tails.append(tail)
         pairs = list(zip(linears, tails, strict=True))
         if used:
-            base_products(x, [Product(p.a, None, tail[0], scale=p.factor) for p, tail in pairs if tail], self.isa)
+            base_products(x, [Product(p.a, None, tail[0], scale=p.factor) for p, tail in pairs if tail], self.isa, numerics)
             for p, tail in pairs:
                 if tail and p.adapters:
                     keep_own(tail[0], owner, p.adapters)
         products = [Product(p.weight, p.bias, y, tail, p.gain) for (p, tail), y in zip(pairs, ys, strict=True)]
-        base_products(x, products, self.isa)
+        base_products(x, products, self.isa, numerics)
 
     def logits(self, rows: Sequence[int], count: int) -> torch.Tensor:
         """(len(rows), vocab) in the accumulate dtype, unrounded, of some of the `count` rows of the last step; overwritten by
         the next call."""
-        hidden, owner = self.h[:count], self.owner
+        hidden, owner = self.h[:count], self.owner[:count]
         if len(rows) != count:
-            index = torch.tensor(rows)
-            hidden, owner = hidden[index], self.owner[index]
+            index = torch.tensor(rows, device=self.device)
+            hidden, owner = hidden[index], owner[index]
         if len(self._logits) < len(rows):
-            self._logits = torch.empty(len(rows), self.model.config.vocab_size, dtype=self.acc)
+            self._logits = torch.empty(len(rows), self.model.config.vocab_size, dtype=self.acc, device=self.device)
         out = self._logits[: len(rows)]
         self._multiply((self.head,), hidden, (out,), True, owner)
         return out
@@ -351,3 +404,19 @@ class Forward:
 
 def _parts(weight: torch.Tensor | NF4Tensor) -> tuple[torch.Tensor, ...]:
     return (weight.codes, weight.absmax) if isinstance(weight, NF4Tensor) else (weight,)
+
+
+def _views(buffer: torch.Tensor, sizes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Of one int32 buffer, one after the other: those of the tokens as int64, the rest as it is."""
+    views, at = {}, 0
+    for name, shape in sizes.items():
+        piece = buffer[at : at + math.prod(shape) * (1 + (name in WIDE))]
+        views[name] = (piece.view(torch.int64) if name in WIDE else piece).view(shape)
+        at += len(piece)
+    return views
+
+
+def _padded(count: int, most: int) -> int:
+    """1, 2, 4, 8, 16, 24, 32, 48, 64, 96 ..., and `most`: at most half as much again from 16 on."""
+    power = 1 << (count - 1).bit_length()
+    return min(most, power * 3 // 4 if power > 16 and count <= power * 3 // 4 else power)

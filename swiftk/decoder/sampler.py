@@ -51,9 +51,9 @@ class Sampler:
         NaN, +inf, or no token that is allowed. A TokenLogprob where the row's params.logprobs asks for one."""
         settings = [(r.params, r.seed) for r in rows]
         if settings != self._settings:
-            self._settings, self._columns = settings, _columns(settings)
-        positions = torch.tensor([r.position for r in rows])
-        ids = torch.empty(len(rows), dtype=torch.int64)
+            self._settings, self._columns = settings, _columns(settings, logits.device)
+        positions = torch.tensor([r.position for r in rows], device=logits.device)
+        ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         restore = self._adjust(logits, rows)
         temperature, top_k, top_p, min_p, seeds = self._columns[:5]
         sample_out(logits, temperature, top_k, top_p, min_p, seeds, positions, ids, self.isa)
@@ -75,7 +75,7 @@ class Sampler:
 
     def _score(self, logits: torch.Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
         out = empty_logprobs(logits, max(tops, default=0))
-        row_logprobs_out(logits, torch.tensor(ids, dtype=torch.int64), out, self.isa)
+        row_logprobs_out(logits, torch.tensor(ids, dtype=torch.int64, device=logits.device), out, self.isa)
         columns = (t.tolist() for t in (out.logprob, out.rank, out.top_ids, out.top_logprobs))
         return [
             TokenLogprob(token, logprob, rank, dict(zip(top_ids[:n], top_logprobs[:n], strict=True)))
@@ -102,8 +102,8 @@ class Sampler:
         if not entries.ids:
             return None
         first = torch.frombuffer(offsets, dtype=torch.int64)
-        ids, *others = entries.tensors()
         at = torch.repeat_interleave(torch.arange(len(rows)), first.diff())
+        at, first, ids, *others = (t.to(logits.device) for t in (at, first, *entries.tensors()))
         old = logits[at, ids]
         adjust_logits_out(logits, first, ids, *others, *self._columns[5:])
         return at, ids, old
@@ -116,13 +116,13 @@ def _is_adjusted(r: Row) -> bool:
     )
 
 
-def _columns(settings: Sequence[tuple[SamplingParams, int]]) -> tuple[torch.Tensor, ...]:
+def _columns(settings: Sequence[tuple[SamplingParams, int]], device: torch.device) -> tuple[torch.Tensor, ...]:
     """As sample_out and adjust_logits_out take them."""
 
     def column(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.tensor([getattr(p, name) for p, _ in settings], dtype=dtype)
+        return torch.tensor([getattr(p, name) for p, _ in settings], dtype=dtype, device=device)
 
-    seeds = torch.tensor([seed for _, seed in settings], dtype=torch.int64)
+    seeds = torch.tensor([seed for _, seed in settings], dtype=torch.int64, device=device)
     return (
         column("temperature"), column("top_k", torch.int32), column("top_p"), column("min_p"), seeds,
         column("repetition_penalty"), column("presence_penalty"), column("frequency_penalty"),
