@@ -9,18 +9,24 @@ q_pos = k_len - q_len and k_pos = 0, which aligns causal and window masks to the
     q_len 2, k_len 4, causal:    1 1 1 0        q_len 3, k_len 1, causal:    0
                                  1 1 1 1                                     0
                                                                              1
-A query's out and lse depend on that query and the keys it sees alone, bit for bit: KV tiles of 64 keys start at multiples of
-64 in positions, and no sum depends on how many queries share a call, on their neighbours, or on the thread count.
-FLOPs: 4 d per query head and visible pair forward, 10 d backward. Bytes: q, k, v, out once; K and V once per 192 rows.
-Not supported: dropout, ALiBi or another bias, head_dim of v unlike that of k, a CUDA kernel (not there yet).
+A query's out and lse depend on that query and the keys it sees alone, bit for bit: KV tiles of a fixed size (64 keys on the
+CPU, by head_dim and chip on a GPU) start at its multiples in positions, and no sum depends on how many queries share a call,
+on their neighbours, or on the thread count.
+FLOPs: 4 d per query head and visible pair forward, 10 d backward (14 d on a GPU, which computes S and dP twice).
+Bytes: q, k, v, out once; K and V once per 192 rows (128 on a GPU, of a group's heads together).
+Not supported: dropout, ALiBi or another bias, head_dim of v unlike that of k, fp64 on CUDA (no such products in Triton).
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
-from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, no_cuda_kernel, threads
+from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
+from swiftk.kernels._triton import on_gpu, register_cuda
+from swiftk.kernels.attention._varlen_triton import attention_backward_triton, attention_triton
 
 REFERENCE = "swiftk.kernels.attention.varlen.varlen_attention_ref"
 FOREIGN_BACKENDS = {"flash_attn": "flash-attn", "cudnn": "nvidia-cudnn-frontend"}  # and the package each will need
@@ -102,6 +108,9 @@ def attention_out(q, k, v, table, sinks, softmax_scale, softcap, left, right, ou
     lse (heads, total_q) and sinks in the accumulate dtype, table: segments (S, 6) or (cu_seqlens_q, cu_seqlens_k).
     left, right: the window, -1 for unlimited, right = 0 for causal. With resume, out (accumulate dtype) and lse are read first.
     """
+    if on_gpu(q):
+        attention_triton(q, k, v, table, sinks, softmax_scale, softcap, left, right, out, lse, resume)
+        return
     options = (q.shape[1], k.shape[1], q.shape[2], softmax_scale, softcap, left, right)
     native().varlen_fwd(
         DTYPE_CODES[q.dtype], _strides(q), _strides(k), _strides(v), q.shape[0], k.shape[0], options, _table(table),
@@ -113,6 +122,11 @@ def attention_backward_out(
     dout, dlse, q, k, v, out, lse, table, sinks, softmax_scale, softcap, left, right, dq, dk, dv, dsinks, isa="auto"
 ) -> None:
     """Adds to dq, dk, dv and dsinks (accumulate dtype, contiguous; dsinks and dlse may be None) what the table's pairs give."""
+    if on_gpu(q):
+        attention_backward_triton(
+            dout, dlse, q, k, v, out, lse, table, sinks, softmax_scale, softcap, left, right, dq, dk, dv, dsinks
+        )
+        return
     options = (q.shape[1], k.shape[1], q.shape[2], softmax_scale, softcap, left, right)
     rows = torch.empty(2, *lse.shape, dtype=lse.dtype)  # two numbers a row, filled by the call
     native().varlen_bwd(
@@ -137,40 +151,45 @@ torch.library.define(
 )
 
 
-@torch.library.register_kernel("swiftk::varlen_attention_fwd", "cpu")
-def _fwd_cpu(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
+@torch.library.register_kernel("swiftk::varlen_attention_fwd", ("cpu", "cuda"))
+def _fwd(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=acc_dtype(q.dtype))
     table = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     wide_sinks = None if sinks is None else sinks.to(lse.dtype).contiguous()
     attention_out(_rows(q), _rows(k), _rows(v), table, wide_sinks, softmax_scale, softcap, left, right, out, lse, isa=isa)
-    end = int(cu_seqlens_q[-1])
-    if end < q.shape[0]:  # tokens that belong to no document
+    if not on_gpu(q) and (end := int(cu_seqlens_q[-1])) < q.shape[0]:  # tokens that belong to no document
         out[end:] = 0.0
         lse[:, end:] = float("-inf")
     return out, lse
 
 
-@torch.library.register_kernel("swiftk::varlen_attention_bwd", "cpu")
-def _bwd_cpu(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
-    dsinks = torch.zeros(0 if sinks is None else q.shape[1], dtype=lse.dtype)
-    attention_backward_out(
+def _backward_into(f, dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, options, grads):
+    """f with contiguous last dimensions, and sinks in the accumulate dtype -> dsinks in sinks' dtype."""
+    dsinks = lse.new_zeros(0 if sinks is None else q.shape[1])
+    f(
         _rows(dout), None if dlse is None else dlse.contiguous(), _rows(q), _rows(k), _rows(v), out, lse,
         (cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()), None if sinks is None else sinks.to(lse.dtype).contiguous(),
-        softmax_scale, softcap, left, right, dq, dk, dv, None if sinks is None else dsinks, isa,
+        *options, *grads, None if sinks is None else dsinks,
     )  # fmt: skip
-    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dsinks if sinks is None else dsinks.to(sinks.dtype)
+    return dsinks if sinks is None else dsinks.to(sinks.dtype)
 
 
-@torch.library.register_kernel("swiftk::varlen_attention_fwd", "cuda")
-def _fwd_cuda(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
-    no_cuda_kernel("varlen_attention", REFERENCE)
+@torch.library.register_kernel("swiftk::varlen_attention_bwd", "cpu")
+def _bwd_cpu(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
+    grads = [torch.zeros(x.shape, dtype=lse.dtype) for x in (q, k, v)]
+    options = (softmax_scale, softcap, left, right)
+    add = functools.partial(attention_backward_out, isa=isa)
+    dsinks = _backward_into(add, dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, options, grads)
+    return *(grad.to(q.dtype) for grad in grads), dsinks
 
 
-@torch.library.register_kernel("swiftk::varlen_attention_bwd", "cuda")
-def _bwd_cuda(*args):
-    no_cuda_kernel("varlen_attention", REFERENCE)
+@register_cuda("swiftk::varlen_attention_bwd")
+def _bwd_cuda(dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, softmax_scale, softcap, left, right, isa):
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    options, write = (softmax_scale, softcap, left, right), attention_backward_triton
+    dsinks = _backward_into(write, dout, dlse, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks, options, grads)
+    return *grads, dsinks
 
 
 @torch.library.register_fake("swiftk::varlen_attention_fwd")
@@ -215,6 +234,8 @@ refuse_double_backward("varlen_attention", "swiftk::varlen_attention_bwd", REFER
 
 def _check(op: str, q, k, v, window_size, softcap: float, sinks, isa: str) -> None:
     check_floating(op, q=q, k=k, v=v)
+    if q.is_cuda and q.dtype == torch.float64:
+        raise ValueError(f"{op}: q has dtype torch.float64, wants torch.bfloat16 or torch.float32 on CUDA; move it to the CPU")
     check_isa(op, isa)
     if q.dim() != 3 or not 1 <= q.shape[2] <= 512:
         raise ValueError(f"{op}: q has shape {tuple(q.shape)}, wants (total_q, heads, head_dim) with head_dim from 1 to 512")
@@ -251,8 +272,6 @@ def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_segments(op: str, segments: torch.Tensor, q: torch.Tensor) -> None:
-    if q.device.type != "cpu":
-        no_cuda_kernel(op, REFERENCE)
     _check_int32(op, "segments", segments, q, "(S, 6)", segments.dim() == 2 and segments.shape[1] == 6)
 
 
@@ -288,7 +307,8 @@ def varlen_attention(
         backend: "swiftk".
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
     Returns: out like q, contiguous; with return_lse (out, lse). A query that sees no key has out 0 and lse -inf.
-    Raises: ValueError for a wrong shape, dtype, device, option or cu_seqlens; NotImplementedError on CUDA, for other backends.
+    Raises: ValueError for a wrong shape, dtype, device, option or cu_seqlens (whose values are checked on the CPU; on CUDA bad
+        offsets are cut to the tensors); on CUDA ImportError without Triton; NotImplementedError for other backends.
     """
     op = "varlen_attention"
     if backend in FOREIGN_BACKENDS:
@@ -323,7 +343,7 @@ def segment_attention(
 
     Args:
         q, k, v, causal, softmax_scale, window_size, softcap, isa: as in `varlen_attention`.
-        segments: int32 (S, 6) on the CPU, rows (q_start, q_len, k_start, k_len, q_pos, k_pos): query i of the row has position
+        segments: int32 (S, 6) like q, rows (q_start, q_len, k_start, k_len, q_pos, k_pos): query i of the row has position
             q_pos + i, key j position k_pos + j >= 0; causal keeps k_pos + j <= q_pos + i, windows are in positions. Queries of
             two rows are disjoint within a call; keys may overlap.
         sinks: (heads,), applied to the queries that the segments cover, in this call. Pass them in the last call only: out with
@@ -331,7 +351,8 @@ def segment_attention(
         out, lse: None in the first call, else both: (total_q, heads, head_dim), (heads, total_q), accumulate dtype, contiguous.
         return_lse: False to return out alone.
     Returns: out, accumulate dtype (0 where no key has been seen), and lse (-inf there), without the sink.
-    Raises: ValueError for a wrong shape, dtype, device, option or segment, or where autograd would record.
+    Raises: ValueError for a wrong shape, dtype, device, option or segment (its numbers are checked on the CPU alone), or where
+        autograd would record.
     """
     op = "segment_attention"
     _check(op, q, k, v, window_size, softcap, sinks, isa)
