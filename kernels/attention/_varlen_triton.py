@@ -585,6 +585,8 @@ def blocks(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, segments: 
                 "dq": [(128, 64, 8, 2), (64 if segments else 128, 64, 8, 2), (64, 32, 8, 2), (16, 32, 8, 1)],
                 "dkv": [(64, 128, 8, 2), (32, 64, 8, 2) if segments else (32, 128, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1)],
             }
+            if arch == 100 and not segments:  # no wgmma there
+                of["dkv"][1] = (64, 64, 8, 2)
         at = of[kernel][width]
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), at, strict=True))
 
@@ -701,33 +703,32 @@ _SCALARS = "i32 i32:16 fp32 fp32 fp32"
 
 
 def _ship(arch: int, dim: int, name: str, **changes: Any) -> None:
-    """Causal attention of 8 heads a group, with changes; sm_100 takes sm_90's."""
+    """Causal attention of 8 heads a group, with changes."""
     constants = dict(
         GROUP=8, STEPS=1, SEGMENTS=False, HAS_LEFT=False, HAS_SINKS=False, SCALE_FIRST=False, SOFTCAP=False, ACC=tl.float32,
         Q_TOKEN=64 * dim, Q_HEAD=dim, K_TOKEN=8 * dim, V_TOKEN=8 * dim, **split(dim),
     ) | changes  # fmt: skip
-    archs = (80,) if arch == 80 else (90, 100)
     segments = constants["SEGMENTS"]
     of = {kernel: blocks(kernel, dim, torch.bfloat16, arch, segments) | constants for kernel in ("fwd", "dq", "dkv")}
     state = "*fp32" if segments else "*bf16"
     label = f"bf16 d{dim}{name} for sm_{arch}"
     ship(
         f"varlen_fwd {label}", _varlen_fwd_kernel, f"{state} *fp32 *bf16 *bf16 *bf16 *fp32 {_WHERE} {_SIZES} {_SCALARS}",
-        fuse=False, archs=archs, RESUME=segments, **of["fwd"],
+        fuse=False, archs=(arch,), RESUME=segments, **of["fwd"],
     )  # fmt: skip
     ship(
         f"varlen_dq {label}", _varlen_dq_kernel,
         f"{state} *bf16 *bf16 *bf16 *bf16 *fp32 {_WHERE} {_SIZES} {_SCALARS}", fuse=False,
-        archs=archs, G_TOKEN=64 * dim, G_HEAD=dim, **of["dq"],
+        archs=(arch,), G_TOKEN=64 * dim, G_HEAD=dim, **of["dq"],
     )  # fmt: skip
     ship(
         f"varlen_dkv {label}", _varlen_dkv_kernel,
         f"{state} {state} *bf16 *bf16 *bf16 *bf16 *fp32 {_WHERE} {_SIZES} i32 {_SCALARS}", fuse=False,
-        archs=archs, G_TOKEN=64 * dim, G_HEAD=dim, **of["dkv"],
+        archs=(arch,), G_TOKEN=64 * dim, G_HEAD=dim, **of["dkv"],
     )  # fmt: skip
 
 
-for _arch_of in (80, 90):
+for _arch_of in (80, 90, 100):
     for _dim in (64, 128, 256, 512):
         _ship(_arch_of, _dim, "")
     _ship(_arch_of, 128, " segments", SEGMENTS=True, HAS_LEFT=True)

@@ -241,5 +241,5 @@ def test_operator(device):
 @pytest.mark.skipif(not ON_CUDA, reason="fp64 is refused on CUDA alone")
 def test_fp64_is_refused(device):
     x = torch.randn(4, 1, 16, dtype=torch.float64, device=device)
-    with pytest.raises(ValueError, match="varlen_attention: q has dtype torch.float64, wants"):
+    with pytest.raises(ValueError, match=r"varlen_attention: q has dtype torch\.float64, wants"):
         varlen_attention(x, x, x, offsets([4], device))
