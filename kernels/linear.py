@@ -21,7 +21,8 @@ cache blocks and the thread count choose only which sums stand next to each othe
 On CUDA `numerics` chooses (on the CPU both are the above):
 - "auto": torch's vendor GEMM under the settings of torch.backends.cuda.matmul (allow_tf32, false unless somebody sets it, and
   allow_bf16_reduced_precision_reduction, true: sums of a split K may be bf16). How it splits K depends on M. A tail is
-  multiplied first, into y, and the large GEMM adds to it: what is rounded twice is the small term.
+  multiplied first, into y, and the large GEMM adds to it: what is rounded twice is the small term. (Up to 64 rows with a tail:
+  as "invariant".)
 - "invariant": a Triton GEMM in which an element adds k = 0, 1, ... in blocks of 16 (the tensor core orders them; fp32 and
   fp64: one by one, IEEE), then the tail after K was filled up with zeros, then scale and bias, and one rounding: again a
   function of x[m] and W alone.
@@ -81,6 +82,10 @@ class Product(NamedTuple):
 # sums: tests/triton/test_linear.py says so of the device. Scale and bias round apart (fuse=False), as they do where an op
 # applies them. Sizes are from registers and shared memory (`make compile-gpu`); no GPU has measured them.
 
+# Up to so many rows a product with a tail is one launch of this in "auto" too: a decoder's step is bound by W and by launches,
+# of which torch needs two or three (2 us each, 7 us to read 4096 x 4096; reasoned, not measured).
+SMALL_ROWS = 64
+
 
 @jit
 def _add_segment(acc, a, b, rows, cols, a_row, b_row, K, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):
@@ -124,7 +129,7 @@ def _linear_kernel(
 def _tile(rows: int, dtype: torch.dtype, epilogue: bool) -> dict[str, Any]:
     if dtype in (torch.float32, torch.float64):  # no tensor core: the accumulators' registers bound the tile
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8, "num_warps": 4, "STAGES": 3}
-    if rows <= 64:
+    if rows <= SMALL_ROWS:
         return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 1, "num_warps": 4, "STAGES": 5}
     wide = 128 if epilogue else 256  # 256 columns and their scale and bias are more than 255 registers
     return {"BLOCK_M": 128, "BLOCK_N": wide, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "STAGES": 3}
@@ -166,7 +171,7 @@ def vendor_mm(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, beta: float =
     CUDA, and for the CPU under the interpreter."""
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
-    elif a.is_cuda:
+    elif a.is_cuda:  # since torch 2.10 (pytorch#167931) the addend may have out's dtype
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
     else:  # torch has no such product on the CPU
         torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
@@ -209,8 +214,9 @@ def linear_out(
 def linear_group_out(x: torch.Tensor, products: Sequence[Product], isa: str = "auto", numerics: str = "auto") -> None:
     """linear_out for each of them, whose y have one dtype: the same bits. On the CPU one parallel region over all columns."""
     if on_gpu(x):
+        few = x.shape[0] <= SMALL_ROWS and x.dtype not in (torch.float32, torch.float64)
         for p in products:
-            (_vendor if numerics == "auto" else _invariant)(x, p)
+            (_invariant if numerics == "invariant" or (few and p.tail is not None) else _vendor)(x, p)
         return
     weights = [row_args(p.weight) for p in products]
     native().linear_fwd(*group_args(x, products, weights), *x.shape, threads(), isa)
