@@ -158,7 +158,7 @@ def add_engine_keys(parser: Parser) -> None:
     group.add_argument("--model", metavar="DIR", help="a Hugging Face checkpoint; default: the first adapter's base")
     group.add_argument("--adapters", nargs="+", default=[], metavar="DIR", help="PEFT's format; or NAME=DIR")
     group.add_argument("--tokenizer", metavar="DIR", help="default: the model's")
-    group.add_argument("--torch_dtype", choices=["bfloat16", "float32", "float64"], help="default: bf16 where the CPU has it")
+    group.add_argument("--torch_dtype", choices=["bfloat16", "float32", "float64"], help="default: bf16 where the chip has it")
     group.add_argument("--quant_bits", choices=["4", "none"],
                        help="4: the linears of the blocks in NF4; default: as the adapters were trained")  # fmt: skip
     group.add_argument("--quant_head", type=boolean, metavar="true|false", help="the head in NF4 too")
@@ -169,13 +169,15 @@ def add_engine_keys(parser: Parser) -> None:
     group.add_argument("--prefix_caching", type=boolean, metavar="true|false", help="common prefixes are computed once")
     group.add_argument("--speculate", metavar="ngram|DIR", help="guesses from the text itself, or by a smaller model")
     group.add_argument("--num_draft_tokens", type=int, metavar="N", help="guesses per step")
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], help="default: a GPU where torch sees one")
+    group.add_argument("--numerics", choices=["auto", "invariant"], help="invariant: on a GPU too no row sees its batch")
     group.add_argument("--isa", choices=["auto", "avx512", "avx2", "portable"])
     group.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
 
 
 ENGINE_KEYS = (
     "torch_dtype", "quant_head", "max_model_len", "cache_gib", "max_num_seqs", "max_batched_tokens", "prefix_caching",
-    "speculate", "num_draft_tokens", "isa",
+    "speculate", "num_draft_tokens", "device", "numerics", "isa",
 )  # fmt: skip
 
 

@@ -8,7 +8,8 @@
 
 A token's logits depend on the tokens before it and the weights alone, its noise on (seed, position, token): neither the other
 requests, nor how prompts are cut into chunks, cached prefixes, preemptions, drafts or the number of threads change a bit of
-what a request gets. Log-probabilities are those of kernels.linear_cross_entropy.token_logprobs on the same tokens.
+what a request gets (on a GPU with numerics="invariant"; "auto" multiplies as the vendor's library chooses by the number of
+rows). Log-probabilities are those of kernels.linear_cross_entropy.token_logprobs on the same tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from swiftk.decoder.scheduler import Scheduler, SchedulerConfig, Work
 from swiftk.decoder.speculate import Drafter, DraftModel, PromptLookup
 from swiftk.decoder.text import Detokenizer, StopStrings, tokens_of
 from swiftk.model import Model, ModelConfig
-from swiftk.model.compute import compute_dtype
+from swiftk.model.compute import compute_dtype, pick_device
 from swiftk.model.tokenizer import has_tokenizer, read_tokenizer
 
 PROMPT_ROWS = 64  # rows of logits at a time, for the log-probabilities of prompts
@@ -61,7 +62,7 @@ class Engine:
         tokenizer: of transformers; None: the directory's. A live model without one takes and gives token ids only.
         adapters: name -> directory in PEFT's format. Several share a batch (LoRA on linears); one with DoRA, embeddings or
             modules_to_save comes alone and is then the model: requests without an adapter are refused.
-        torch_dtype: bfloat16 | float32 | float64; None: bf16 where the CPU has its instructions, else fp32.
+        torch_dtype: bfloat16 | float32 | float64; None: bf16 on a GPU and where the CPU has its instructions, else fp32.
         quant_bits: 4 holds the linears of the blocks in NF4; quant_head the head too. With a directory only.
         cache_gib, num_blocks: size of the KV cache; None: room for max_num_seqs at their longest, but at most 4 GiB and a
             quarter of the memory that is free.
@@ -71,6 +72,8 @@ class Engine:
         speculate: "ngram", or a draft model (live, or a directory) of the same vocabulary; num_draft_tokens guesses a step,
             while at most speculate_up_to sequences run.
         isa: of the CPU kernels. A live model's own is used where it is given as "auto".
+        device: of a directory: "auto" (a GPU where torch sees one), "cpu" or "cuda". A live model is where it is.
+        numerics: of a directory's products on a GPU: "auto", or "invariant", with which the promise above holds there too.
     Raises: ValueError for what does not fit together or into memory, before anything is loaded.
     """
 
@@ -80,6 +83,7 @@ class Engine:
         quant_head: bool = False, cache_gib: float | None = None, num_blocks: int | None = None, block_size: int = 32,
         max_num_seqs: int = 64, max_batched_tokens: int = 512, max_model_len: int | None = None, prefix_caching: bool = True,
         speculate: str | Model | Path | None = None, num_draft_tokens: int = 4, speculate_up_to: int = 8, isa: str = "auto",
+        device: str = "auto", numerics: str = "auto",
     ) -> None:  # fmt: skip
         for name, value, least in (
             ("max_num_seqs", max_num_seqs, 1), ("max_batched_tokens", max_batched_tokens, max_num_seqs),
@@ -88,17 +92,20 @@ class Engine:
             if value < least:
                 raise ValueError(f"Engine: {name} has {value}, wants at least {least}")
         adapters, own = dict(adapters or {}), None
-        dtype = model.compute_dtype if isinstance(model, Model) else compute_dtype(torch_dtype, isa)
+        where = model.device if isinstance(model, Model) else pick_device(device)
+        dtype = model.compute_dtype if isinstance(model, Model) else compute_dtype(torch_dtype, isa, where)
+        if where.type == "cuda" and dtype == torch.float64:
+            raise ValueError("Engine: the model computes in float64, wants bfloat16 or float32 on a GPU")
         draft, weights = loading.draft_of(speculate, dtype)
         cache: dict[str, Any] = dict(
             block_size=block_size, max_seqs=max_num_seqs, max_len=max_model_len, cache_gib=cache_gib, num_blocks=num_blocks,
-            draft=draft,
+            draft=draft, device=where,
         )  # fmt: skip
         if isinstance(model, Model):
             isa = model.isa if isa == "auto" else isa  # other instructions would add in another order
-            if quant_bits or quant_head or torch_dtype:
+            if quant_bits or quant_head or torch_dtype or (device, numerics) != ("auto", "auto"):
                 wants = "wants none: a live model is as it is"
-                raise ValueError(f"Engine: quant_bits, quant_head or torch_dtype has a value, {wants}")
+                raise ValueError(f"Engine: quant_bits, quant_head, torch_dtype, device or numerics has a value, {wants}")
             if adapters and model.tuning.adapted:
                 raise ValueError("Engine: adapters has names, a model with an adapter of its own wants none")
             self.model, directory = model, None
@@ -113,7 +120,9 @@ class Engine:
             num_blocks, longest = loading.cache_blocks(config, dtype, weights=weights, **cache)
             if tokenizer is None and has_tokenizer(directory):
                 tokenizer = read_tokenizer(directory)
-            self.model = loading.load_model(directory, config, tuner, dtype, quant_head=quant_head, adapter=own, isa=isa)
+            self.model = loading.load_model(
+                directory, config, tuner, dtype, quant_head=quant_head, adapter=own, isa=isa, numerics=numerics, device=where
+            )
         self.config, self.tokenizer = self.model.config, tokenizer
         stack: list[LoadedAdapter] = [] if own is not None else loading.read_adapters(self.model, adapters)
         self.adapters = {name: -1 if own is not None else i for i, name in enumerate(adapters)}
@@ -146,7 +155,10 @@ class Engine:
         if not isinstance(speculate, Model):
             config = ModelConfig.from_hf(speculate)
             tuner = loading.tuner_of(None, 4 if config.quantised else None)
-            speculate = loading.load_model(speculate, config, tuner, self.model.compute_dtype, isa=isa)
+            places: dict[str, Any] = dict(isa=isa, numerics=self.model.numerics, device=self.model.device)
+            speculate = loading.load_model(speculate, config, tuner, self.model.compute_dtype, **places)
+        if speculate.device != self.model.device:
+            raise ValueError(f"Engine: speculate has a model on {speculate.device}, wants {self.model.device} like the model")
         if speculate.config.vocab_size != self.config.vocab_size:
             raise ValueError(
                 f"Engine: speculate has a model of vocab_size {speculate.config.vocab_size}, wants {self.config.vocab_size}: "

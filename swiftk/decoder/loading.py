@@ -16,6 +16,7 @@ from swiftk.decoder.forward import LoadedAdapter
 from swiftk.decoder.pages import huge_pages
 from swiftk.model import Model, ModelConfig, load_adapter, load_checkpoint, read_adapter_config
 from swiftk.model.adapter import EMBED, is_adapter, resolve
+from swiftk.model.compute import CPU
 from swiftk.model.parameters import param_specs
 from swiftk.model.peft_files import read_adapter
 from swiftk.parallel.mesh import Mesh
@@ -25,8 +26,10 @@ DEFAULT_CACHE = 4 * GIB
 NF4_BYTES = 0.5 + 4 / 64  # per weight: a code and its share of an fp32 absmax
 
 
-def available_bytes() -> int:
-    """Memory that can be had without swapping, of the machine and of the control group (a container's)."""
+def available_bytes(device: torch.device = CPU) -> int:
+    """Memory that can be had without swapping, of the machine and the control group (a container's); of a GPU the free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()
     found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
@@ -63,10 +66,11 @@ def draft_of(speculate: str | Path | Model | None, dtype: torch.dtype) -> tuple[
 
 def cache_blocks(
     config: ModelConfig, dtype: torch.dtype, *, block_size: int, max_seqs: int, max_len: int | None, cache_gib: float | None,
-    num_blocks: int | None, weights: int, draft: ModelConfig | None = None,
+    num_blocks: int | None, weights: int, draft: ModelConfig | None = None, device: torch.device = CPU,
 ) -> tuple[int, int]:  # fmt: skip
     """Blocks of the cache (the dummy among them) and the longest sequence. Without a size: room for all sequences at their
-    longest, but at most 4 GiB and a quarter of what is free beside the weights. A draft model has a cache of as many blocks.
+    longest, but at most 4 GiB and a quarter of what is free beside the weights, on a GPU three quarters of it. A draft model
+    has a cache of as many blocks.
 
     Raises: ValueError for a cache that does not fit beside `weights` bytes still to be loaded.
     """
@@ -74,7 +78,7 @@ def cache_blocks(
     if max_len is not None and not 1 <= max_len <= longest:
         raise ValueError(f"max_model_len: has {max_len}, wants 1 to max_position_embeddings {longest}")
     each = block_size * sum(token_bytes(c, dtype) for c in (config, draft) if c is not None)
-    free = available_bytes() - weights
+    free = available_bytes(device) - weights
     if free < each * 2:
         raise ValueError(
             f"model: its weights take {weights / GIB:.2f} GiB, {(free + weights) / GIB:.2f} GiB of memory are free; wants a "
@@ -86,7 +90,8 @@ def cache_blocks(
         num_blocks = int(cache_gib * GIB / each)
     if num_blocks is None:
         wanted = max_seqs * -(-(max_len or longest) // block_size)
-        num_blocks = 1 + min(wanted, int(min(free / 4, DEFAULT_CACHE) / each))
+        most = free * 3 / 4 if device.type == "cuda" else min(free / 4, DEFAULT_CACHE)
+        num_blocks = 1 + min(wanted, int(most / each))
     if num_blocks < 2:
         raise ValueError(f"cache_gib: has room for {num_blocks} blocks, wants at least 2 ({2 * each / GIB:.3g} GiB)")
     if num_blocks * each > free:
@@ -100,17 +105,20 @@ def cache_blocks(
 
 def load_model(
     directory: str | Path, config: ModelConfig, tuner: TunerConfig, dtype: torch.dtype, *, quant_head: bool = False,
-    adapter: str | Path | None = None, isa: str = "auto",
+    adapter: str | Path | None = None, isa: str = "auto", numerics: str = "auto", device: torch.device = CPU,
 ) -> Model:  # fmt: skip
     """The checkpoint, nothing of it trainable; tuner: the settings of `adapter`, or tuner_type none."""
-    model = Model(config, Mesh.single(), compute_dtype=dtype, seed=None, isa=isa, tuner=tuner, trainable=lambda name: False)
+    model = Model(
+        config, Mesh.single(), compute_dtype=dtype, seed=None, isa=isa, numerics=numerics, tuner=tuner,
+        trainable=lambda name: False,
+    )  # fmt: skip
     huge_pages(model.parameters(), written=False)
     load_checkpoint(model, directory)
     if adapter is not None:
         load_adapter(model, adapter)
     if quant_head:
         model.quantise_head()
-    return model
+    return model.to(device)
 
 
 def tuner_of(adapter: str | Path | None, quant_bits: int | None) -> TunerConfig:

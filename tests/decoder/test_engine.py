@@ -542,7 +542,7 @@ def test_what_does_not_fit_in_memory_is_said_before_loading(tmp_path, monkeypatc
     monkeypatch.setattr("swiftk.decoder.loading.load_model", None)
     with pytest.raises(ValueError, match=r"^cache_gib: wants 99999\.00 GiB .*the largest that fits is --cache_gib \d"):
         Engine(tmp_path, tokenizer=None, cache_gib=99999)
-    monkeypatch.setattr("swiftk.decoder.loading.available_bytes", lambda: 1000)
+    monkeypatch.setattr("swiftk.decoder.loading.available_bytes", lambda device: 1000)
     with pytest.raises(ValueError, match=r"^model: its weights take"):
         Engine(tmp_path, cache_gib=1)
 
@@ -555,9 +555,9 @@ def test_a_draft_model_counts_in_memory(live, tmp_path, monkeypatch):
     known = dict(block_size=16, num_blocks=10)
     free = (10 * each * 2 + weights) if live else (10 * each * 2 + 2 * weights)
     given = (model if live else tmp_path), tmp_path
-    monkeypatch.setattr("swiftk.decoder.loading.available_bytes", lambda: free)
+    monkeypatch.setattr("swiftk.decoder.loading.available_bytes", lambda device: free)
     assert Engine(given[0], speculate=given[1], **known).drafter is not None
-    monkeypatch.setattr("swiftk.decoder.loading.available_bytes", lambda: free - 1)
+    monkeypatch.setattr("swiftk.decoder.loading.available_bytes", lambda device: free - 1)
     monkeypatch.setattr("swiftk.decoder.loading.load_model", None)
     with pytest.raises(ValueError, match=r"^cache_gib: wants .* GiB for 10 blocks of 16 tokens beside"):
         Engine(given[0], speculate=given[1], **known)
@@ -588,8 +588,11 @@ def test_options_that_do_not_go_together(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             engine_of(model, **options)
-    with pytest.raises(ValueError, match=r"^Engine: quant_bits, quant_head or torch_dtype has a value, wants none"):
-        Engine(model, quant_bits=4)
+    for options in (dict(quant_bits=4), dict(device="cpu"), dict(numerics="invariant")):
+        with pytest.raises(ValueError, match=r"^Engine: quant_bits, .* device or numerics has a value, wants none"):
+            Engine(model, **options)
+    with pytest.raises(ValueError, match="device: has 'tpu', wants one of auto, cpu, cuda"):
+        Engine(tmp_path, device="tpu")
     other = Model(replace(model.config, vocab_size=50), Mesh.single())
     with pytest.raises(ValueError, match=r"^Engine: speculate has a model of vocab_size 50, wants 97"):
         engine_of(model, speculate=other)
