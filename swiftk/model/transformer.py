@@ -70,10 +70,9 @@ class Ops:
     @staticmethod
     def native(isa: str, numerics: str = "auto") -> Ops:
         bound: dict[str, Any] = {
-            op.__name__: functools.partial(op, isa=isa)
-            for op in (rms_norm, rope, swiglu, varlen_attention, lora_linear, lora_linear_group)
+            op.__name__: functools.partial(op, isa=isa) for op in (rms_norm, rope, swiglu, varlen_attention)
         }
-        for product in (linear, nf4_linear):
+        for product in (linear, nf4_linear, lora_linear, lora_linear_group):
             bound[product.__name__] = functools.partial(product, isa=isa, numerics=numerics)
         return Ops(**bound)
 
