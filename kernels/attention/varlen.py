@@ -26,10 +26,10 @@ import torch
 from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import on_gpu, register_cuda
+from swiftk.kernels.attention._foreign import BACKENDS, foreign_attention
 from swiftk.kernels.attention._varlen_triton import attention_backward_triton, attention_triton
 
 REFERENCE = "swiftk.kernels.attention.varlen.varlen_attention_ref"
-FOREIGN_BACKENDS = {"flash_attn": "flash-attn", "cudnn": "nvidia-cudnn-frontend"}  # and the package each will need
 
 
 # --- reference ---------------------------------------------------------------------------------------------------
@@ -304,18 +304,16 @@ def varlen_attention(
         softcap: scores become softcap tanh(x / softcap); 0 for none.
         sinks: (heads,), a logit per head that joins the softmax without a value; q's or the accumulate dtype.
         return_lse: also return lse (heads, total_q): natural log, without the sink, in fp32 (fp64 for fp64), differentiable.
-        backend: "swiftk".
+        backend: "swiftk", or "flash_attn" or "cudnn" for theirs (CUDA, bf16; no promise of ours holds for them, their calls are
+            checked against stand-ins alone: no GPU has run them). What they lack is refused by name.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
     Returns: out like q, contiguous; with return_lse (out, lse). A query that sees no key has out 0 and lse -inf.
     Raises: ValueError for a wrong shape, dtype, device, option or cu_seqlens (whose values are checked on the CPU; on CUDA bad
-        offsets are cut to the tensors); on CUDA ImportError without Triton; NotImplementedError for other backends.
+        offsets are cut to the tensors); ImportError without the backend, on CUDA without Triton.
     """
     op = "varlen_attention"
-    if backend in FOREIGN_BACKENDS:
-        needs = f"it will need CUDA and the package {FOREIGN_BACKENDS[backend]}"
-        raise NotImplementedError(f"{op}: backend {backend!r} is not there yet ({needs}); use backend='swiftk'")
-    if backend != "swiftk":
-        raise ValueError(f"{op}: backend has {backend!r}, wants swiftk, {' or '.join(FOREIGN_BACKENDS)}")
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend has {backend!r}, wants one of {', '.join(BACKENDS)}")
     _check(op, q, k, v, window_size, softcap, sinks, isa)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
@@ -323,6 +321,11 @@ def varlen_attention(
         _check_int32(op, name, cu, q, "(documents + 1,)", cu.dim() == 1 and cu.numel() >= 1)
     check_shape(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), f"cu_seqlens_q {tuple(cu_seqlens_q.shape)}")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if backend != "swiftk":
+        if return_lse:
+            raise ValueError(f"{op}: return_lse has True, backend {backend!r} wants False (its lse has no gradient)")
+        options = (causal, scale, window_size, float(softcap), sinks)
+        return foreign_attention(backend, q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
     left, right = _window(causal, window_size)
     out, lse = torch.ops.swiftk.varlen_attention_fwd(
         q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, scale, float(softcap), left, right, isa

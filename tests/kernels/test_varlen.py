@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import types
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend
 
-from swiftk.kernels.attention import segment_attention, segment_attention_backward, varlen_attention
+from swiftk.kernels.attention import _foreign, segment_attention, segment_attention_backward, varlen_attention
 from swiftk.kernels.attention.varlen import attention_out, varlen_attention_ref
 from swiftk.testing.accuracy import assert_accurate
 
@@ -371,7 +374,7 @@ Q, K = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
         (dict(softcap=-1.0), "softcap has -1.0, wants a finite number >= 0"),
         (dict(sinks=torch.zeros(2)), r"sinks has shape \(2,\), q \(6, 4, 8\) needs \(4,\)"),
         (dict(sinks=torch.zeros(4).double()), "sinks has torch.float64 on cpu, wants torch.float32"),
-        (dict(backend="xformers"), "backend has 'xformers', wants swiftk, flash_attn or cudnn"),
+        (dict(backend="xformers"), "backend has 'xformers', wants one of swiftk, flash_attn, cudnn"),
         (dict(isa="sse9"), "isa has 'sse9', wants one of"),
     ],
 )
@@ -381,9 +384,72 @@ def test_errors(change, message):
         varlen_attention(**arguments)
 
 
-def test_other_backends_name_what_they_need():
-    with pytest.raises(NotImplementedError, match=r"backend 'flash_attn' is not there yet .*flash-attn.*; use backend="):
-        varlen_attention(Q, K, K, offsets([6]), backend="flash_attn")
+def stand_in(sinks=None):
+    """flash_attn_varlen_func with the arguments of FA2, or with `sinks` of FA4, computed by the reference."""
+
+    def fa2(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+        window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        assert (max_seqlen_q, max_seqlen_k) == (4, 4)
+        options = dict(causal=causal, softmax_scale=softmax_scale, window_size=window_size, softcap=softcap)
+        return varlen_attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)[0]
+
+    def fa4(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, softmax_scale=None,
+        causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0, return_lse=False,
+    ):  # fmt: skip
+        assert max_seqlen_q is None and window_size == (3, None)
+        options = dict(causal=causal, softmax_scale=softmax_scale, window_size=(3, -1), softcap=softcap, sinks=learnable_sink)
+        return varlen_attention_ref(q, k, v, cu_seqlens_q, cu_seqlens_k, **options)[0], None
+
+    return fa4 if sinks else fa2
+
+
+def test_other_backends(monkeypatch):
+    """They are asked for, never chosen; what is missing, other or not theirs is said by name."""
+    (q, k, v), cu = (x.bfloat16() for x in (Q, K, -K)), offsets([4, 2])
+    for name in _foreign.FLASH_MODULES:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match="varlen_attention: q has device cpu, backend 'flash_attn' wants a CUDA device"):
+        varlen_attention(q, k, v, cu, backend="flash_attn")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    with pytest.raises(ImportError, match=r"varlen_attention: backend has 'flash_attn', .* pip install flash-attn"):
+        varlen_attention(q, k, v, cu, backend="flash_attn")
+    with pytest.raises(ValueError, match=r"q has dtype torch\.float32, backend 'cudnn' wants torch\.bfloat16"):
+        varlen_attention(Q, K, K, cu, backend="cudnn")
+    with pytest.raises(ValueError, match="return_lse has True, backend 'cudnn' wants False"):
+        varlen_attention(q, k, v, cu, backend="cudnn", return_lse=True)
+
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_varlen_func = stand_in()
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    options = dict(causal=True, softcap=3.0, window_size=(2, -1))
+    got = varlen_attention(q, k, v, cu, backend="flash_attn", **options)
+    assert torch.equal(got, varlen_attention_ref(q, k, v, cu, **options)[0])
+    with pytest.raises(ValueError, match="sinks has a tensor, backend 'flash_attn' as installed wants None"):
+        varlen_attention(q, k, v, cu, backend="flash_attn", sinks=torch.zeros(4))
+    package.flash_attn_varlen_func = stand_in(sinks=True)
+    options = dict(causal=True, window_size=(3, -1), sinks=torch.randn(4))
+    got = varlen_attention(q, k, v, cu, backend="flash_attn", **options)
+    assert torch.equal(got, varlen_attention_ref(q, k, v, cu, **options)[0])
+    package.flash_attn_varlen_func = lambda q, k, v, cu_seqlens: q
+    with pytest.raises(ImportError, match="the installed flash_attn_varlen_func takes q, k, v, cu_seqlens, wants causal"):
+        varlen_attention(q, k, v, cu, backend="flash_attn")
+
+    monkeypatch.setattr(_foreign, "CUDNN", [SDPBackend.MATH])
+    got = varlen_attention(q, k, v, offsets([4, 0, 1]), causal=True, backend="cudnn")
+    plain, exact = (varlen_attention_ref(*(x.to(t) for x in (q, k, v)), offsets([4, 0, 1]), causal=True)[0]
+                    for t in (q.dtype, torch.float64))  # fmt: skip
+    assert_accurate(got, plain, exact)
+    for change, message in [
+        (dict(softcap=2.0), "softcap has 2.0, backend 'cudnn' as installed wants 0.0"),
+        (dict(window_size=(3, -1)), r"window_size has \(3, -1\), backend 'cudnn'"),
+        (dict(sinks=torch.zeros(4)), "sinks has a tensor, backend 'cudnn' wants None"),
+        (dict(cu_seqlens_k=offsets([2, 4]), causal=True), "cu_seqlens_k has another document's length"),
+    ]:
+        with pytest.raises(ValueError, match="varlen_attention: " + message):
+            varlen_attention(q, k, v, cu, backend="cudnn", **change)
 
 
 @pytest.mark.parametrize(
