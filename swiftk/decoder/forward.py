@@ -133,6 +133,7 @@ class Forward:
         self.x, self.h, self.z = (new(max_tokens, c.hidden_size) for _ in range(3))
         self.q, self.k, self.v, self.o = (new(max_tokens, width) for width in (heads, kv, kv, heads))
         self.gate, self.up, self.act = (new(max_tokens, c.intermediate_size) for _ in range(3))
+        self.o.zero_()  # rows that only pad are read before they are written
         self.rstd = new(max_tokens * max(1, c.num_attention_heads), dtype=self.acc)
         self.s = new(max_tokens * max(sum(len(p.a) for p in linears if p.a is not None) for linears in self._groups))
         sizes: dict[str, tuple[int, ...]] = {name: (max_tokens,) for name in WIDE}

@@ -26,11 +26,11 @@ def check(device, updates: list[Update]) -> list[Update]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_step_over_many_tensors_is_the_references_bit_for_bit(dtype, device, monkeypatch):
+@pytest.mark.parametrize("sizes", [[1, 255, 256, 257, 1024, 1025, 3000, 0, 5000], [16, 240, 1024, 2064, 4096]], ids=str)
+def test_a_step_over_many_tensors_is_the_references_bit_for_bit(sizes, dtype, device, monkeypatch):
     """Sizes around a block and a program, 8-bit and fp32 moments, each tensor with its own step and rates; more tensors than
     the kernel looks at at once."""
     monkeypatch.setitem(module._CONSTANTS, "SPAN", 4)
-    sizes = [1, 255, 256, 257, 1024, 1025, 3000, 0, 5000]
     updates = [make(n, dtype, step=i + 2, min_8bit=0 if i % 3 else 10**9) for i, n in enumerate(sizes)]
     updates = [u._replace(lr=1e-3 * (i + 1)) for i, u in enumerate(updates)]
     got = check(device, updates)
