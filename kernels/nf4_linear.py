@@ -87,9 +87,20 @@ def nf4_linear_group_out(x: torch.Tensor, products: Sequence[Product], isa: str 
     native().nf4_linear_fwd(*group_args(x, products, weights), *x.shape, threads(), isa)
 
 
+def _in_words(x: torch.Tensor, size: int) -> torch.Tensor:
+    """x (M, K) whose rows are whole words of `size` elements: itself, or a copy that goes on with zeros. The kernels read x word
+    by word, and a copy of few rows costs less than a branch at every word."""
+    if x.shape[1] % size == 0 and x.stride(0) % size == 0 and x.data_ptr() % (size * x.element_size()) == 0:
+        return x
+    copy = x.new_zeros(x.shape[0], -(-x.shape[1] // size) * size)
+    copy[:, : x.shape[1]] = x
+    return copy
+
+
 def few_rows_args(x: torch.Tensor, products: Sequence[Product]) -> tuple[tuple, list]:
     """The arguments of csrc/cuda's nf4_linear, and the tensors whose memory they name."""
-    none, parts, alive = (0, 0), [], []
+    words = _in_words(x, 8)
+    none, parts, alive = (0, 0), [], [words]
     for p in products:
         scales, tensors = scale_args(p.weight)
         s, t = (none, none) if p.tail is None else (row_args(p.tail[0]), row_args(p.tail[1]))
@@ -99,7 +110,7 @@ def few_rows_args(x: torch.Tensor, products: Sequence[Product]) -> tuple[tuple, 
             p.y.shape[1],
         ))  # fmt: skip
         alive += tensors
-    return (row_args(x), *x.shape, products[0].y.dtype == torch.float32, parts), alive
+    return (row_args(words), *x.shape, products[0].y.dtype == torch.float32, parts), alive
 
 
 def _group_on_cuda(x: torch.Tensor, products: Sequence[Product], numerics: str) -> None:
@@ -152,8 +163,9 @@ def few_rows_dx_args(dy: torch.Tensor, w: NF4Tensor) -> tuple[tuple, torch.Tenso
     (M, N), K = dy.shape, w.in_features
     splits = max(min(-(-BLOCKS // max(-(-K // 128), 1)), -(-N // 128)), 1)  # not by M; at least 16 rows for each of 8 warps
     partials = dy.new_empty(splits, M, K, dtype=torch.float32)
-    args = row_args(dy), M, N, K, row_args(w.codes), scales, w.blocksize, splits, partials.data_ptr()
-    return args, partials, [*alive, dy, w.codes]
+    words = _in_words(dy, 4)
+    args = row_args(words), M, N, K, row_args(w.codes), scales, w.blocksize, splits, partials.data_ptr()
+    return args, partials, [*alive, words]
 
 
 @torch.library.register_kernel("swiftk::nf4_linear_bwd", "cuda")

@@ -42,7 +42,8 @@ inline bool aligned(const RowArgs& rows, int itemsize, int to) { return std::get
 
 inline Nf4Linear linear_args(const RowArgs& x, int64_t M, int64_t K, bool wide, const std::vector<ProductArgs>& products) {
   if (products.size() > size_t(kMaxProducts)) throw std::invalid_argument("nf4_linear: too many products in one launch");
-  Nf4Linear a{reinterpret_cast<const uint16_t*>(std::get<0>(x)), std::get<1>(x), M, K, aligned(x, 2, 16), wide, int(products.size()), {}};
+  if (K > int64_t(1) << 30) throw std::invalid_argument("nf4_linear: K has more than 2^30 elements");
+  Nf4Linear a{reinterpret_cast<const uint16_t*>(std::get<0>(x)), std::get<1>(x), M, int(K), wide, int(products.size()), {}};
   for (size_t i = 0; i < products.size(); ++i) {
     const auto& [codes, scales, blocksize, s, t, rank, scale, bias, y, N] = products[i];
     a.product[i] = {reinterpret_cast<const uint8_t*>(std::get<0>(codes)), std::get<1>(codes), scales_of(scales), std::get<0>(scales),
@@ -58,7 +59,7 @@ inline Nf4LinearDx linear_dx_args(const RowArgs& dy, int64_t M, int64_t N, int64
                                   int64_t blocksize, int splits, uintptr_t out) {
   return {reinterpret_cast<const uint16_t*>(std::get<0>(dy)), std::get<1>(dy), M, N, K,
           reinterpret_cast<const uint8_t*>(std::get<0>(codes)), std::get<1>(codes), scales_of(scales), std::get<0>(scales),
-          log2_of(blocksize), aligned(codes, 1, 4), aligned(dy, 2, 8), splits, reinterpret_cast<float*>(out)};
+          log2_of(blocksize), aligned(codes, 1, 8), splits, reinterpret_cast<float*>(out)};
 }
 
 }  // namespace swiftk::gpu

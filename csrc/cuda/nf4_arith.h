@@ -12,8 +12,10 @@
 #endif
 #if defined(__CUDA_ARCH__)
 #define SWIFTK_UNROLL _Pragma("unroll")
+#define SWIFTK_LOOP _Pragma("unroll 1")
 #else
 #define SWIFTK_UNROLL
+#define SWIFTK_LOOP
 #endif
 
 namespace swiftk::gpu {

@@ -27,10 +27,9 @@ struct Nf4Dequantize {
   SWIFTK_HD int64_t blocks() const { return (rows + kDequantizeRows - 1) / kDequantizeRows * segments(); }
 };
 
-// The codes of elements k to k + 7 of a row, those past its end as code 7, which is 0.
-SWIFTK_HD uint32_t nf4_codes8(const uint8_t* row, int64_t k, int64_t cols, bool words) {
+// The codes of elements k to k + 7 of a row byte by byte, those past its end as code 7, which is 0.
+SWIFTK_HD uint32_t nf4_codes8(const uint8_t* row, int64_t k, int64_t cols) {
   const uint8_t* from = row + k / 2;
-  if (words && k + 8 <= cols) return *reinterpret_cast<const uint32_t*>(from);
   uint32_t codes = 0x77777777;
   for (int j = 0; j < 4; ++j)
     if (k + 2 * j < cols) codes = (codes & ~(255u << 8 * j)) | uint32_t(from[j]) << 8 * j;
@@ -41,30 +40,48 @@ SWIFTK_HD uint32_t nf4_codes8(const uint8_t* row, int64_t k, int64_t cols, bool 
   return codes;
 }
 
+// 16 and 8 bytes at a time, by the types that nvcc makes one instruction of; addresses are multiples of as many.
 struct alignas(16) Vector16 {
   uint32_t word[4];
 };
 
+SWIFTK_HD Vector16 load16(const void* from) {
+#if defined(__CUDA_ARCH__)
+  const uint4 v = __ldg(static_cast<const uint4*>(from));
+  return {{v.x, v.y, v.z, v.w}};
+#else
+  return *static_cast<const Vector16*>(from);
+#endif
+}
+SWIFTK_HD void load8(const void* from, uint32_t* to) {
+#if defined(__CUDA_ARCH__)
+  const uint2 v = __ldg(static_cast<const uint2*>(from));
+  to[0] = v.x, to[1] = v.y;
+#else
+  memcpy(to, from, 8);
+#endif
+}
+SWIFTK_HD void store16(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if defined(__CUDA_ARCH__)
+  __stwb(static_cast<uint4*>(to), make_uint4(a, b, c, d));
+#else
+  *static_cast<Vector16*>(to) = {{a, b, c, d}};
+#endif
+}
+
 SWIFTK_HD void nf4_store8(uint16_t* to, const float* x, int n, bool vectors) {
-  Vector16 v;
+  uint32_t pairs[4];
   SWIFTK_UNROLL
-  for (int j = 0; j < 4; ++j) v.word[j] = pack_bf16(x[2 * j], x[2 * j + 1]);
-  if (vectors && n == 8) {
-    *reinterpret_cast<Vector16*>(to) = v;
-    return;
-  }
+  for (int j = 0; j < 4; ++j) pairs[j] = pack_bf16(x[2 * j], x[2 * j + 1]);
+  if (vectors && n == 8) return store16(to, pairs[0], pairs[1], pairs[2], pairs[3]);
   SWIFTK_UNROLL
   for (int j = 0; j < 8; ++j)
-    if (j < n) to[j] = uint16_t(v.word[j / 2] >> 16 * (j % 2));
+    if (j < n) to[j] = uint16_t(pairs[j / 2] >> 16 * (j % 2));
 }
 SWIFTK_HD void nf4_store8(float* to, const float* x, int n, bool vectors) {
   if (vectors && n == 8) {
-    SWIFTK_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      Vector16 v;
-      memcpy(&v, x + 4 * j, 16);
-      reinterpret_cast<Vector16*>(to)[j] = v;
-    }
+    store16(to, bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3]));
+    store16(to + 4, bits_of(x[4]), bits_of(x[5]), bits_of(x[6]), bits_of(x[7]));
     return;
   }
   SWIFTK_UNROLL
@@ -81,12 +98,18 @@ template <int kind, class O> SWIFTK_HD void nf4_dequantize_thread(const Nf4Dequa
   if (k >= a.cols) return;
   uint32_t codes[kDequantizeRows];
   float absmax[kDequantizeRows];
+  int64_t rows[kDequantizeRows];  // the last one again where there are fewer: the loads have no branch between them
   SWIFTK_UNROLL
-  for (int i = 0; i < kDequantizeRows; ++i) {
-    if (row + i >= a.rows) break;
-    codes[i] = nf4_codes8(a.codes + (row + i) * a.ld_codes, k, a.cols, a.words);
-    absmax[i] = nf4_scale<kind>(a.scales, row + i, k >> a.shift);
+  for (int i = 0; i < kDequantizeRows; ++i) rows[i] = row + i < a.rows ? row + i : a.rows - 1;
+  if (a.words && k + 8 <= a.cols) {
+    SWIFTK_UNROLL
+    for (int i = 0; i < kDequantizeRows; ++i) codes[i] = *reinterpret_cast<const uint32_t*>(a.codes + rows[i] * a.ld_codes + k / 2);
+  } else {
+    SWIFTK_UNROLL
+    for (int i = 0; i < kDequantizeRows; ++i) codes[i] = nf4_codes8(a.codes + rows[i] * a.ld_codes, k, a.cols);
   }
+  SWIFTK_UNROLL
+  for (int i = 0; i < kDequantizeRows; ++i) absmax[i] = nf4_scale<kind>(a.scales, rows[i], k >> a.shift);
   const int n = a.cols - k < 8 ? int(a.cols - k) : 8;
   SWIFTK_UNROLL
   for (int i = 0; i < kDequantizeRows; ++i) {

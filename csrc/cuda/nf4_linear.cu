@@ -20,8 +20,11 @@ template <class Lane> struct LanesOnGpu {
   }
 };
 
+// Blocks of threads beside each other: for one row tile the 24 warps that hide what they load; with two a second block would spill.
+template <int MT> constexpr int kBeside = MT == 1 ? 3 : 1;
+
 template <int RT, int MT>
-__global__ void __launch_bounds__(32 * kLinearWarps) nf4_linear(const __grid_constant__ Nf4Linear a) {
+__global__ void __launch_bounds__(32 * kLinearWarps, kBeside<MT>) nf4_linear(const __grid_constant__ Nf4Linear a) {
   extern __shared__ float partials[];
   int product;
   const int64_t row0 = nf4_linear_place(a, 16 * RT, blockIdx.x, product), m0 = int64_t(blockIdx.y) * 8 * MT;

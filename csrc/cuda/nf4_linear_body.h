@@ -32,17 +32,17 @@ struct Nf4Product {
 };
 
 struct Nf4Linear {
-  const uint16_t* x;
-  int64_t ldx, M, K;
-  bool vectors;  // every row of x begins at 16 bytes
-  bool wide;     // fp32 y
+  const uint16_t* x;  // every row begins at 16 bytes and goes on with zeros to a multiple of 8 elements
+  int64_t ldx, M;
+  int K;  // 32 bits: what is counted along K takes a register, not two
+  bool wide;  // fp32 y
   int products;
   Nf4Product product[kMaxProducts];
 };
 
 template <int RT, int MT> struct Nf4Lane {
   uint32_t codes[RT][2][8];  // rows g and g + 8 of each 16, 64 elements of each
-  float absmax[RT][2][2];    // of the first and the second 32 of them
+  float absmax[RT][2];       // of the block in which they begin
   Nf4Planes planes[RT][2];
   uint32_t a[2][RT][4], b[2][MT][2];  // the operands of two instructions a tile
   float acc[RT][MT][4];
@@ -57,61 +57,46 @@ SWIFTK_HD float nf4_scale(int kind, const Nf4Scales& scales, int64_t row, int64_
   return kind == kScaleFp32 ? nf4_scale<kScaleFp32>(scales, row, block) : nf4_scale<kScaleNested>(scales, row, block);
 }
 
-SWIFTK_HD Vector16 load16(const void* from) {
-#if defined(__CUDA_ARCH__)
-  const uint4 v = __ldg(static_cast<const uint4*>(from));
-  return {{v.x, v.y, v.z, v.w}};
-#else
-  return *static_cast<const Vector16*>(from);
-#endif
+// Eight elements of x, zeros beyond its columns. What is beyond its rows meets accumulators that are not stored: the last row.
+SWIFTK_HD Vector16 load_x(const Nf4Linear& a, int64_t m, int k) {
+  if (k >= a.K) return {{0, 0, 0, 0}};
+  return load16(a.x + (m < a.M ? m : a.M - 1) * a.ldx + k);
 }
 
-// Eight elements of x, zeros beyond its rows and columns.
-SWIFTK_HD Vector16 load_x(const Nf4Linear& a, int64_t m, int64_t k) {
-  Vector16 v = {{0, 0, 0, 0}};
-  if (m >= a.M || k >= a.K) return v;
-  const uint16_t* from = a.x + m * a.ldx + k;
-  if (a.vectors && k + 8 <= a.K) return load16(from);
-  SWIFTK_UNROLL
-  for (int j = 0; j < 8; ++j)
-    if (k + j < a.K) v.word[j / 2] |= uint32_t(from[j]) << 16 * (j % 2);
-  return v;
+// The i-th weight row of a lane; beyond the weight the last one again.
+SWIFTK_HD int64_t row_of(const Nf4Product& p, int64_t row0, int i, int lane) {
+  const int64_t row = row0 + 8 * i + lane / 4;
+  return row < p.N ? row : p.N - 1;
 }
 
 // A lane's codes and absmax of the chunk that begins at k0; lane = 4 g + t.
-template <int RT, int MT> SWIFTK_HD void load_codes(const Nf4Linear& a, const Nf4Product& p, int64_t row0, int64_t k0, int lane, Nf4Lane<RT, MT>& s) {
-  const int64_t k = k0 + 64 * (lane % 4);
+template <int RT, int MT> SWIFTK_HD void load_codes(const Nf4Linear& a, const Nf4Product& p, int64_t row0, int k0, int lane, Nf4Lane<RT, MT>& s) {
+  const int k = k0 + 64 * (lane % 4);
+  int64_t rows[2 * RT];
   SWIFTK_UNROLL
-  for (int i = 0; i < 2 * RT; ++i) {
-    uint32_t* codes = s.codes[i / 2][i % 2];
-    float* absmax = s.absmax[i / 2][i % 2];
-    const int64_t row = row0 + 8 * i + lane / 4;
-    absmax[0] = absmax[1] = 0;  // whatever the codes are, their values are zeros
-    if (row >= p.N || k >= a.K) {
+  for (int i = 0; i < 2 * RT; ++i) rows[i] = row_of(p, row0, i, lane);
+  if (p.vectors && k + 64 <= a.K) {
+    SWIFTK_UNROLL
+    for (int i = 0; i < 2 * RT; ++i) {
+      const uint8_t* from = p.codes + rows[i] * p.ld_codes + k / 2;
+      const Vector16 low = load16(from), high = load16(from + 16);
       SWIFTK_UNROLL
-      for (int w = 0; w < 8; ++w) codes[w] = 0;
-      continue;
+      for (int w = 0; w < 4; ++w) s.codes[i / 2][i % 2][w] = low.word[w], s.codes[i / 2][i % 2][4 + w] = high.word[w];
     }
-    const uint8_t* from = p.codes + row * p.ld_codes;
-    if (p.vectors && k + 64 <= a.K) {
-      const Vector16 low = load16(from + k / 2), high = load16(from + k / 2 + 16);
+  } else {
+    SWIFTK_UNROLL
+    for (int i = 0; i < 2 * RT; ++i)
       SWIFTK_UNROLL
-      for (int w = 0; w < 4; ++w) codes[w] = low.word[w], codes[4 + w] = high.word[w];
-    } else {
-      SWIFTK_UNROLL
-      for (int w = 0; w < 8; ++w) codes[w] = nf4_codes8(from, k + 8 * w, a.K, false);
-    }
-    absmax[0] = nf4_scale(p.scale_kind, p.scales, row, k >> p.shift);
-    if (p.shift == 5 && k + 32 < a.K) absmax[1] = nf4_scale(p.scale_kind, p.scales, row, (k >> 5) + 1);
+      for (int w = 0; w < 8; ++w) s.codes[i / 2][i % 2][w] = nf4_codes8(p.codes + rows[i] * p.ld_codes, k + 8 * w, a.K);
   }
+  SWIFTK_UNROLL
+  for (int i = 0; i < 2 * RT; ++i) s.absmax[i / 2][i % 2] = k < a.K ? nf4_scale(p.scale_kind, p.scales, rows[i], k >> p.shift) : 0;
 }
 
-// The operands of two instructions from word w of the codes: four elements of each row to each.
-template <int RT, int MT> SWIFTK_HD void make_operands(const Nf4Linear& a, const Nf4Product& p, int64_t m0, int64_t k0, int w, int lane, Nf4Lane<RT, MT>& s) {
+// The operands of two instructions from the w-th of the next words of the codes: four elements of each row to each.
+template <int RT, int MT> SWIFTK_HD void make_operands(const Nf4Linear& a, int64_t m0, int k0, int first, int w, int lane, Nf4Lane<RT, MT>& s) {
   SWIFTK_UNROLL
   for (int i = 0; i < 2 * RT; ++i) {
-    if (w == 0) s.planes[i / 2][i % 2] = nf4_planes(s.absmax[i / 2][i % 2][0]);
-    if (w == 4 && p.shift == 5) s.planes[i / 2][i % 2] = nf4_planes(s.absmax[i / 2][i % 2][1]);
     uint32_t pairs[4];
     nf4_decode8(s.codes[i / 2][i % 2][w], s.planes[i / 2][i % 2], pairs);
     SWIFTK_UNROLL
@@ -119,10 +104,34 @@ template <int RT, int MT> SWIFTK_HD void make_operands(const Nf4Linear& a, const
   }
   SWIFTK_UNROLL
   for (int i = 0; i < MT; ++i) {
-    const Vector16 x = load_x(a, m0 + 8 * i + lane / 4, k0 + 64 * (lane % 4) + 8 * w);
+    const Vector16 x = load_x(a, m0 + 8 * i + lane / 4, k0 + 64 * (lane % 4) + 8 * (first + w));
     SWIFTK_UNROLL
     for (int j = 0; j < 4; ++j) s.b[j / 2][i][j % 2] = x.word[j];
   }
+}
+
+// Before word `first`: the tables of the block that begins there; a second one only where blocks are of 32.
+template <int RT, int MT>
+SWIFTK_HD void make_planes(const Nf4Linear& a, const Nf4Product& p, int64_t row0, int k0, int first, int lane, Nf4Lane<RT, MT>& s) {
+  if (first == 4 && p.shift == 5) {
+    const int k = k0 + 64 * (lane % 4) + 32;
+    SWIFTK_UNROLL
+    for (int i = 0; i < 2 * RT; ++i)
+      s.absmax[i / 2][i % 2] = k < a.K ? nf4_scale(p.scale_kind, p.scales, row_of(p, row0, i, lane), k >> 5) : 0;
+  } else if (first != 0) {
+    return;
+  }
+  SWIFTK_UNROLL
+  for (int i = 0; i < 2 * RT; ++i) s.planes[i / 2][i % 2] = nf4_planes(s.absmax[i / 2][i % 2]);
+}
+
+// After `count` words: the next ones come first.
+template <int RT, int MT> SWIFTK_HD void shift_codes(int count, Nf4Lane<RT, MT>& s) {
+  SWIFTK_UNROLL
+  for (int i = 0; i < 2 * RT; ++i)
+    SWIFTK_UNROLL
+    for (int w = 0; w < 8; ++w)
+      if (w + count < 8) s.codes[i / 2][i % 2][w] = s.codes[i / 2][i % 2][w + count];
 }
 
 // Where a warp's partial sums lie: (warp, row of x, row of the weight)
@@ -139,6 +148,8 @@ template <int RT, int MT> SWIFTK_HD void store_partials(int warp, int lane, cons
         partials[partial_at<RT, MT>(warp, 8 * m + 2 * (lane % 4) + j % 2, 16 * r + lane / 4 + 8 * (j / 2))] = s.acc[r][m][j];
 }
 
+template <int MT> constexpr int kWords = MT == 1 ? 4 : 2;  // of eight, without a branch between them
+
 // Lanes: `each(f)` calls f(lane, its Nf4Lane) for every lane that it has, `mma()` multiplies the operands of all 32 together.
 template <int RT, int MT, class Lanes>
 SWIFTK_HD void nf4_linear_warp(const Nf4Linear& a, const Nf4Product& p, int64_t row0, int64_t m0, int warp, Lanes& lanes, float* partials) {
@@ -147,12 +158,17 @@ SWIFTK_HD void nf4_linear_warp(const Nf4Linear& a, const Nf4Product& p, int64_t 
     SWIFTK_UNROLL
     for (int i = 0; i < RT * MT * 4; ++i) s.acc[i / (MT * 4)][i / 4 % MT][i % 4] = 0;
   });
-  for (int64_t k0 = int64_t(warp) * kChunk; k0 < a.K; k0 += kLinearWarps * kChunk) {
+  for (int k0 = warp * kChunk; k0 < a.K; k0 += kLinearWarps * kChunk) {
     lanes.each([&](int lane, Lane& s) { load_codes(a, p, row0, k0, lane, s); });
-    SWIFTK_UNROLL
-    for (int w = 0; w < 8; ++w) {
-      lanes.each([&](int lane, Lane& s) { make_operands(a, p, m0, k0, w, lane, s); });
-      lanes.mma();
+    SWIFTK_LOOP  // unrolled, the loads of all eight words were moved to its beginning and took the registers (sm_80, sm_100)
+    for (int first = 0; first < 8; first += kWords<MT>) {
+      lanes.each([&](int lane, Lane& s) { make_planes(a, p, row0, k0, first, lane, s); });
+      SWIFTK_UNROLL
+      for (int w = 0; w < kWords<MT>; ++w) {
+        lanes.each([&](int lane, Lane& s) { make_operands(a, m0, k0, first, w, lane, s); });
+        lanes.mma();
+      }
+      lanes.each([&](int, Lane& s) { shift_codes(kWords<MT>, s); });
     }
   }
   lanes.each([&](int lane, Lane& s) { store_partials(warp, lane, s, partials); });

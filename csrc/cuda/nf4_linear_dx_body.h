@@ -13,14 +13,13 @@ namespace swiftk::gpu {
 constexpr int kDxColumns = 128, kDxRows = 16;
 
 struct Nf4LinearDx {
-  const uint16_t* dy;
+  const uint16_t* dy;  // every row begins at 8 bytes and goes on with zeros to a multiple of 4 elements
   int64_t ld_dy, M, N, K;
   const uint8_t* codes;
   int64_t ld_codes;
   Nf4Scales scales;
   int scale_kind, shift;
-  bool words;    // every row of codes begins at 4 bytes
-  bool vectors;  // every row of dy begins at 8 bytes
+  bool vectors;  // every row of codes begins at 8 bytes
   int splits;
   float* out;
 };
@@ -38,28 +37,25 @@ template <int MT> struct Nf4DxLane {
 
 template <int MT> SWIFTK_HD void load_dx_operands(const Nf4LinearDx& a, int64_t k0, int64_t m0, int64_t n0, int lane, Nf4DxLane<MT>& s) {
   const int64_t k = k0 + 16 * (lane / 4), n = n0 + 4 * (lane % 4);
+  int64_t rows[4];  // beyond the weight the last one again: its dy is 0
   SWIFTK_UNROLL
-  for (int r = 0; r < 4; ++r) {
-    s.absmax[r] = 0, s.codes[r][0] = s.codes[r][1] = 0;
-    if (n + r >= a.N || k >= a.K) continue;
-    const uint8_t* from = a.codes + (n + r) * a.ld_codes;
-    s.codes[r][0] = nf4_codes8(from, k, a.K, a.words);
-    s.codes[r][1] = nf4_codes8(from, k + 8, a.K, a.words);
-    s.absmax[r] = nf4_scale(a.scale_kind, a.scales, n + r, k >> a.shift);
+  for (int r = 0; r < 4; ++r) rows[r] = n + r < a.N ? n + r : a.N - 1;
+  if (a.vectors && k + 16 <= a.K) {
+    SWIFTK_UNROLL
+    for (int r = 0; r < 4; ++r) load8(a.codes + rows[r] * a.ld_codes + k / 2, s.codes[r]);
+  } else {
+    SWIFTK_UNROLL
+    for (int r = 0; r < 4; ++r)
+      SWIFTK_UNROLL
+      for (int w = 0; w < 2; ++w) s.codes[r][w] = nf4_codes8(a.codes + rows[r] * a.ld_codes, k + 8 * w, a.K);
   }
+  SWIFTK_UNROLL
+  for (int r = 0; r < 4; ++r) s.absmax[r] = k < a.K ? nf4_scale(a.scale_kind, a.scales, rows[r], k >> a.shift) : 0;
   SWIFTK_UNROLL
   for (int m = 0; m < MT; ++m) {
     const int64_t row = m0 + 8 * m + lane / 4;
     s.b[m][0] = s.b[m][1] = 0;
-    if (row >= a.M || n >= a.N) continue;
-    const uint16_t* from = a.dy + row * a.ld_dy + n;
-    if (a.vectors && n + 4 <= a.N) {
-      memcpy(s.b[m], __builtin_assume_aligned(from, 8), 8);
-      continue;
-    }
-    SWIFTK_UNROLL
-    for (int j = 0; j < 4; ++j)
-      if (n + j < a.N) s.b[m][j / 2] |= uint32_t(from[j]) << 16 * (j % 2);
+    if (n < a.N) load8(a.dy + (row < a.M ? row : a.M - 1) * a.ld_dy + n, s.b[m]);
   }
 }
 
