@@ -32,28 +32,35 @@ EMULATE = os.environ.get("SWIFTK_EMULATE_AVX512", "0") == "1"
 EMULATE_FLAGS = ["-DSWIFTK_EMULATE_AVX512", "-mavx2", "-mfma", "-mbmi2", "-O1", "-fno-tree-sra"]  # GCC 12 crashes
 LINK_FLAGS = ["-shared", "-fopenmp"]
 # cudart is linked in: the module loads on a machine without a driver, and beside any torch
-NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "--threads=4", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall"]
 CUDA_ARCHS = "80 90 100"
 BINDINGS_CUDA = "csrc/bindings_cuda.cpp"
 
 
+def find_nvcc() -> str | None:
+    """In PATH, or where the toolkit is by itself."""
+    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    return shutil.which("nvcc") or next((str(p) for home in homes if home and (p := Path(home) / "bin/nvcc").exists()), None)
+
+
 def wants_cuda() -> bool:
-    wanted = os.environ.get("SWIFTK_CUDA", "auto")
+    wanted = os.environ.get("SWIFTK_CUDA") or "auto"
     if wanted not in ("0", "1", "auto"):
         raise SystemExit(f"swiftk: SWIFTK_CUDA has {wanted!r}, wants 0, 1 or nothing (nvcc and a driver decide)")
-    if wanted == "1" and shutil.which("nvcc") is None:
-        raise SystemExit("swiftk: SWIFTK_CUDA=1 wants nvcc in PATH (the CUDA toolkit, 12.8 or newer); there is none")
-    driver = any(Path(p).exists() for p in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
-    return wanted == "1" or (wanted == "auto" and driver and shutil.which("nvcc") is not None)
+    if wanted == "1" and find_nvcc() is None:
+        raise SystemExit("swiftk: SWIFTK_CUDA=1 wants nvcc (the CUDA toolkit, 12.8 or newer) in PATH or CUDA_HOME")
+    driver = shutil.which("nvidia-smi") or any(Path(p).exists() for p in ("/proc/driver/nvidia/version", "/dev/nvidiactl"))
+    return wanted == "1" or (wanted == "auto" and bool(driver) and find_nvcc() is not None)
 
 
 def cuda_archs() -> list[str]:
     """-gencode for each chip that is asked for, and PTX of the newest one for those to come."""
-    archs = sorted(os.environ.get("SWIFTK_CUDA_ARCHS", CUDA_ARCHS).split(), key=int)
-    if not archs or int(archs[0]) < 80:
+    archs = os.environ.get("SWIFTK_CUDA_ARCHS", CUDA_ARCHS).split()
+    if not archs or not all(a.isdigit() and int(a) >= 80 for a in archs):
         raise SystemExit(f"swiftk: SWIFTK_CUDA_ARCHS has {' '.join(archs)!r}, wants capabilities from 80, as in {CUDA_ARCHS!r}")
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-    return [*codes, f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    newest = max(archs, key=int)
+    return [*codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
 
 
 def ninja_path(path) -> str:
@@ -97,12 +104,12 @@ class NinjaBuild(build_ext):
         ]
         link = "link"
         if any(source.endswith(".cu") for source in ext.sources):
-            nvcc, link = " ".join(["nvcc", *NVCC_FLAGS, *cuda_archs(), f"-I{shell_quote(ROOT / 'csrc')}"]), "link_cuda"
+            cuda_flags, link = " ".join([*NVCC_FLAGS, *cuda_archs(), f"-I{shell_quote(ROOT / 'csrc')}"]), "link_cuda"
             lines += [
-                f"nvcc = {nvcc.replace('$', '$$')}",
-                "rule cu\n  command = $nvcc -MMD -MF $out.d -c $in -o $out",
+                f"nvcc = {shell_quote(find_nvcc())}\ncuda_flags = {cuda_flags.replace('$', '$$')}",
+                "rule cu\n  command = $nvcc $cuda_flags -MMD -MF $out.d -c $in -o $out",
                 "  depfile = $out.d\n  deps = gcc\n  description = NVCC $in",
-                "rule link_cuda\n  command = nvcc -shared -cudart=static $in -o $out\n  description = LINK $out",
+                "rule link_cuda\n  command = $nvcc -shared -cudart=static $in -o $out\n  description = LINK $out",
             ]
         objects = []
         for source in sorted(ext.sources, key=compile_time, reverse=True):  # none is left to wait for

@@ -88,8 +88,8 @@ def nf4_linear_group_out(x: torch.Tensor, products: Sequence[Product], isa: str 
 
 
 def _in_words(x: torch.Tensor, size: int) -> torch.Tensor:
-    """x (M, K) whose rows are whole words of `size` elements: itself, or a copy that goes on with zeros. The kernels read x word
-    by word, and a copy of few rows costs less than a branch at every word."""
+    """x (M, K) whose rows are whole words of `size` elements: itself, or a copy that goes on with zeros. The kernels read x
+    word by word; a copy of few rows costs less than a branch at every word."""
     if x.shape[1] % size == 0 and x.stride(0) % size == 0 and x.data_ptr() % (size * x.element_size()) == 0:
         return x
     copy = x.new_zeros(x.shape[0], -(-x.shape[1] // size) * size)
