@@ -145,7 +145,7 @@ def _fused_frozen(x, head: Head, labels, w, loss: _Loss, softcap, entropy, numer
     buffer = x.new_empty(height * width, dtype=acc)
     copy = buffer if product == acc else x.new_empty(buffer.shape, dtype=product)
     for r in even_blocks(rows, BLOCK_ROWS):
-        out = x.new_zeros(r.stop - r.start, hidden, dtype=acc)
+        out = dx[r].zero_()
         here, y = running.rows(r), labels[r]
         for c in ranges(vocab, width):
             logits, g = (b[: len(out) * (c.stop - c.start)].view(len(out), -1) for b in (buffer, copy))
@@ -169,7 +169,6 @@ def _fused_frozen(x, head: Head, labels, w, loss: _Loss, softcap, entropy, numer
             out[k].addcmul_(at_label[k, None], head.rows(y[k], acc))
         if d.dsum is not None:
             out.addcmul_(d.dsum[:, None], head.row_sum(acc))
-        dx[r] = out
     return running, dx
 
 
@@ -190,7 +189,7 @@ def _fused_trained(x, head: Head, labels, w, loss: _Loss, softcap, entropy, need
     for r in blocks:
         logits = buffer[: (r.stop - r.start) * vocab].view(-1, vocab)
         here, xp = running.rows(r), x[r].to(product)
-        out = x.new_zeros(len(logits), hidden, dtype=acc) if need_dx else None
+        out = None if dx is None else dx[r].zero_()
         head.logits(x, r, slice(0, vocab), logits, isa, numerics=numerics)
         update_stats(logits, labels[r], 0, softcap, here, isa)
         log_l, lse, *_ = here.finish(labels[r], 0, vocab)
@@ -206,8 +205,6 @@ def _fused_trained(x, head: Head, labels, w, loss: _Loss, softcap, entropy, need
                 add_product(out, g, head.rows(c, product))
             if dw is not None:
                 add_product(dw[c], g.t(), xp)
-        if dx is not None and out is not None:
-            dx[r] = out
     return running, dx, None if dw is None else dw.to(x.dtype), grad
 
 

@@ -13,7 +13,10 @@ from tests.triton.launched import check_operator, dots_like_a_gpus, operators_ta
 
 NUMERICS = pytest.mark.parametrize("numerics", ["auto", "invariant"])
 WIDE, KINDS = (70, 37, 100, 5), ("", "bias", "dropout", "dora", "dora bias dropout")  # two tiles of rows, two of K
-CASES = [*((kind, WIDE) for kind in KINDS), *((KINDS[-1], shape) for shape in ((1, 1, 1, 1), (5, 130, 65, 20)))]
+CASES = [
+    *(pytest.param(kind, WIDE, marks=[pytest.mark.long] * (kind in ("bias", "dropout"))) for kind in KINDS),
+    *((KINDS[-1], shape) for shape in ((1, 1, 1, 1), (5, 130, 65, 20))),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +86,7 @@ def test_fp32_masters_under_x_of_lower_precision(dtype, device):
         assert_accurate(got.to(dtype), want.to(dtype), want)
 
 
-@pytest.mark.parametrize("kind", ["", "bias dropout", "dora"])
+@pytest.mark.parametrize("kind", ["", "bias dropout", pytest.param("dora", marks=pytest.mark.long)])
 def test_a_group_equals_its_linears(kind, device):
     """Forward and the adapters' gradients bit for bit (S of the group is one product: to rounding); dx is their sum."""
     x = torch.randn(70, 40, device=device).requires_grad_()
