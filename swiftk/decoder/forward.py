@@ -335,7 +335,8 @@ class Forward:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()  # one for all graphs: they never run side by side
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):  # records, and writes nothing
+        # records, and writes nothing; other threads (a trainer's that pins batches) may go on
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             run()
         self._tapes[key] = graph
 

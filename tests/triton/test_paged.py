@@ -63,6 +63,7 @@ def test_values_and_that_merged_programs_are_one_that_walks(case, dtype, device,
         assert_accurate(*values, name)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16 if ON_CUDA else torch.float32], ids=str)
 def test_a_prefill_in_any_chunks(dtype, device):
     """A query's row has the same bits in a prefill, in chunks of it, decoded alone, and beside another sequence."""
     q, cache, cu_q, _ = on(device, ([20, 9], [50, 40], 2, 1, 16, 16, (-1, -1), 0.0, False), dtype)
