@@ -81,7 +81,6 @@ class Record:
     ratio_runs: dict[str, list[float]]
     extra_mib: dict[str, float]
     goal: str
-    status: str  # ok | no CUDA kernel yet
 
 
 def liger(options: Options) -> Any:
@@ -187,18 +186,12 @@ def _status_kib(key: str) -> int:
 
 def measure(case: Case, limits: Limits, options: Options) -> Record:
     dtype = str(case.dtype).removeprefix("torch.")
-    try:
-        case.check(case.run())
-        status = "ok"
-    except NotImplementedError as error:
-        if options.device == "cpu" or "no CUDA kernel yet" not in str(error):
-            raise
-        status = "no CUDA kernel yet"
+    case.check(case.run())
     peers = {name: f for name, f in case.peers.items() if options.wants(name)}
-    candidates: dict[str, Callable[[], Any]] = ({"swiftk": case.run, "self": case.run} if status == "ok" else {}) | peers
+    candidates: dict[str, Callable[[], Any]] = {"swiftk": case.run, "self": case.run} | peers
     medians: dict[str, list[float]] = {name: [] for name in candidates}
     warm = {name: _seconds(f, options.device) for name, f in candidates.items()}
-    bound = max(SLOW_SECONDS, SLOW_RATIO * warm.get("swiftk", float("inf")))
+    bound = max(SLOW_SECONDS, SLOW_RATIO * warm["swiftk"])
     slow = {name: t for name, t in warm.items() if name in peers and t > bound}
     for name, seconds in slow.items():
         del candidates[name]
@@ -220,12 +213,6 @@ def measure(case: Case, limits: Limits, options: Options) -> Record:
     if case.peer_memory:
         measured = {name: peak_extra_mib(f, options.device) for name, f in candidates.items() if name != "self"}
         extra = {name: mib for name, mib in measured.items() if mib is not None}
-    common: dict[str, Any] = {
-        "op": case.op, "name": case.name, "dtype": dtype, "peers_ms": peers_ms, "extra_mib": extra, "goal": case.goal,
-    }  # fmt: skip
-    if status != "ok":
-        return Record(**common, ms=0.0, ms_runs=[], self_spread=0.0, gb_per_s=0.0, tflop_per_s=0.0, percent_of_limit=0.0,
-                      limit="", ratios={}, ratio_runs={}, status=status)  # fmt: skip
     ms = statistics.median(medians["swiftk"])
     ratio_runs = {n: [p / s for p, s in zip(medians[n], medians["swiftk"], strict=True)] for n in peers}
     if case.flops:
@@ -235,10 +222,11 @@ def measure(case: Case, limits: Limits, options: Options) -> Record:
         peak = limits.bandwidth()
         percent, limit = 100 * case.bytes / (ms / 1e3) / peak, f"{peak / 1e9:.1f} GB/s"
     return Record(
-        **common, ms=ms, ms_runs=medians["swiftk"], gb_per_s=case.bytes / ms / 1e6, tflop_per_s=case.flops / ms / 1e9,
+        op=case.op, name=case.name, dtype=dtype, peers_ms=peers_ms, extra_mib=extra, goal=case.goal, ms=ms,
+        ms_runs=medians["swiftk"], gb_per_s=case.bytes / ms / 1e6, tflop_per_s=case.flops / ms / 1e9,
         self_spread=max(abs(b / a - 1) for a, b in zip(medians["swiftk"], medians["self"], strict=True)),
         percent_of_limit=percent, limit=limit, ratios={n: statistics.median(r) for n, r in ratio_runs.items()},
-        ratio_runs=ratio_runs, status=status,
+        ratio_runs=ratio_runs,
     )  # fmt: skip
 
 

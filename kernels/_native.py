@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -72,10 +72,3 @@ def threads(elements: int | None = None) -> int:
     """torch's number of intra-op threads; with `elements` no more than bandwidth-bound work of that size pays for."""
     limit = torch.get_num_threads()
     return limit if elements is None else max(1, min(limit, elements // GRAIN))
-
-
-def no_cuda_kernel(op: str, reference: str | None = None) -> NoReturn:
-    raise NotImplementedError(
-        f"{op}: there is no CUDA kernel yet; move the tensors to the CPU (x.cpu()), "
-        f"or call {reference or f'swiftk.kernels.{op}.{op}_ref'} for the plain torch reference on any device"
-    )
