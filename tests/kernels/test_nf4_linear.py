@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from swiftk.kernels import nf4
 from swiftk.kernels import nf4_linear as module
 from swiftk.kernels._native import acc_dtype, native
 from swiftk.kernels.linear import Product, linear, linear_out, linear_ref
@@ -303,6 +306,30 @@ def test_frames_as_on_a_gpu():
         assert not want.y.isnan().any() and torch.equal(got.y, want.y), K
         out[1:-1, left : left + 18] = float("nan")
         assert out.isnan().all()
+
+
+@pytest.mark.parametrize(("M", "dtype"), [(6, torch.bfloat16), (70, torch.bfloat16), (6, torch.float32), (3, torch.float64)])
+def test_the_launcher_of_cuda_on_the_host(M, dtype, monkeypatch):
+    """Few rows in launches of at most four products; more rows, and wide ones, by slices of rows of the dequantised weight."""
+    host = SimpleNamespace(nf4_linear=native().nf4_linear_as_on_gpu, nf4_dequantize=native().nf4_dequantize_as_on_gpu)
+    for file in (module, nf4):
+        monkeypatch.setattr(file, "native_cuda", lambda: host)
+        monkeypatch.setattr(file, "on_stream", lambda f, device, *args: f(*args))
+    monkeypatch.setattr(module, "nf4_dequantize_out", nf4._dequantize_on_cuda)
+    monkeypatch.setitem(module.SLICE_BYTES, "cuda", 10_000)
+    x, s, group = *(torch.randn(M, n).to(dtype) for n in (203, 3)), []
+    for N, nested in ((40, False), (17, True), (3, False), (64, False), (9, True)):
+        w, (_, b) = make(N, 203, nested=nested), inputs(1, N, 1, dtype)
+        tail, scale = (s, torch.randn(N, 3).to(dtype)), torch.randn(N, dtype=acc_dtype(dtype))
+        group.append(product(M, w, b, dtype, tail=tail, scale=scale))
+    module._group_on_cuda(x, group, "auto")
+    for p in group:
+        d, (u, t) = nf4_dequantize(p.weight), p.tail
+        exact, plain = (
+            linear_ref(x.to(wide), d.to(wide), p.bias.to(wide), tail=(u.to(wide), t.to(wide)), scale=p.scale.to(wide))
+            for wide in (torch.float64, acc_dtype(dtype))
+        )
+        assert_accurate(p.y, plain.to(dtype), exact)
 
 
 def dx_as_on_gpu(dy: torch.Tensor, w: NF4Tensor) -> torch.Tensor:
