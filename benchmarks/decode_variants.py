@@ -78,7 +78,7 @@ def vendor_products(fastest: dict[Any, bool] | None) -> Iterator[None]:
     current: list[_CutTape] = []
     cold = torch.ones(24 << 20)  # 96 MB: read between two timings, more than the caches hold
 
-    def products(x, group, isa) -> None:
+    def products(x, group, isa, _numerics) -> None:
         for p in group:
             product(x, p, isa)
 
