@@ -58,6 +58,9 @@ def _segment(cu, table, index, documents, total_q, total_k, SEGMENTS: tl.constex
         q_start, k_start = tl.load(cu + index), tl.load(table + index)
         q_len = tl.load(cu + index + 1, mask=inside, other=total_q) - q_start
         k_len = tl.load(table + index + 1, mask=inside, other=0) - k_start
+    known = (q_start >= 0) & (q_len >= 0) & (q_start + q_len <= total_q)
+    known = known & (k_start >= 0) & (k_len >= 0) & (k_start + k_len <= total_k)
+    tl.device_assert(known, "varlen_attention: cu_seqlens or segments decrease or are beyond the tensors")
     q_start, k_start = tl.minimum(tl.maximum(q_start, 0), total_q), tl.minimum(tl.maximum(k_start, 0), total_k)
     q_len, k_len = tl.minimum(q_len, total_q - q_start), tl.maximum(tl.minimum(k_len, total_k - k_start), 0)
     if SEGMENTS:
