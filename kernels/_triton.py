@@ -8,6 +8,7 @@ fp32, fp64 and, below the public functions, fp16. Without Triton the import work
 
 from __future__ import annotations
 
+import functools
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -40,9 +41,15 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def jit(f: Callable) -> Any:
-    """triton.jit, or where Triton is not installed something that raises when it is launched."""
-    return _Absent(f.__name__) if triton is None else triton.jit(f)
+def jit(f: Callable | None = None, *, varies: Sequence[str] = ()) -> Any:
+    """triton.jit, or where Triton is not installed something that raises when it is launched.
+
+    varies: arguments that change from step to step (tokens, documents). Triton compiles another kernel for 1 and for multiples
+    of 16 of any other integer, seconds each.
+    """
+    if f is None:
+        return functools.partial(jit, varies=varies)
+    return _Absent(f.__name__) if triton is None else triton.jit(do_not_specialize=list(varies))(f)
 
 
 class _Absent:

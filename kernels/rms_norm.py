@@ -59,7 +59,7 @@ def _rms_norm_fwd_kernel(
     tl.store(rstd + row, r)
 
 
-@jit
+@jit(varies=("rows",))
 def _rms_norm_bwd_kernel(
     dy, x, weight, rstd, dx, dw_blocks, rows, cols, ACC: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
 ):

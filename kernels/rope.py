@@ -181,7 +181,7 @@ def _rope_kernel(
     REST: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None].to(tl.int64)
     at = tl.arange(0, HALF)[None, :]
     position = tl.load(positions + token).to(tl.int64)
     known = (position >= 0) & (position < table_rows)
@@ -214,7 +214,7 @@ def _shape(heads: int, head_dim: int, half: int) -> dict[str, Any]:
 
 
 ship(
-    "rope bf16 128", _rope_kernel, "*bf16 i64:16 i64:16 *fp32 *fp32 i32 *i64 *bf16 i32 i32:16 i32:16", fuse=False,
+    "rope bf16 128", _rope_kernel, "*bf16 i32:16 i32:16 *fp32 *fp32 i32 *i64 *bf16 i32:16 i32:16 i32:16", fuse=False,
     INVERSE=False, **_shape(32, 128, 64),
 )  # fmt: skip
 

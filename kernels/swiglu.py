@@ -63,9 +63,9 @@ def _swiglu_bwd_kernel(
 
 
 _META: dict[str, Any] = {"TILE": TILE, "num_warps": 4}
-ship("swiglu_fwd bf16", _swiglu_fwd_kernel, "*bf16 i64:16 *bf16 i64:16 *bf16 i64:16", ACC=tl.float32, **_META)
+ship("swiglu_fwd bf16", _swiglu_fwd_kernel, "*bf16 i32:16 *bf16 i32:16 *bf16 i32:16", ACC=tl.float32, **_META)
 ship(
-    "swiglu_bwd bf16", _swiglu_bwd_kernel, "*bf16 i64:16 *bf16 i64:16 *bf16 i64:16 *bf16 *bf16 i64:16",
+    "swiglu_bwd bf16", _swiglu_bwd_kernel, "*bf16 i32:16 *bf16 i32:16 *bf16 i32:16 *bf16 *bf16 i32:16",
     ACC=tl.float32, **_META,
 )  # fmt: skip
 

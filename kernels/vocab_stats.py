@@ -193,8 +193,9 @@ def _grad_kernel(
     inverse = 1.0 / softcap if CAPPED else 0.0
     if CAPPED:
         s = _capped(s, softcap, inverse)
-    log_p = s - tl.load(m + row) - tl.load(log_l + row)
-    p = tl.exp(log_p)
+    below, log_sum = s - tl.load(m + row), tl.load(log_l + row)
+    log_p = below - log_sum
+    p = tl.exp(below) * tl.exp(-log_sum)  # half the error of exp(log_p), whose argument is rounded twice
     a = tl.load(dlse + row)
     less = p - 1.0  # of the label, where p is near 1: the series of exp(x) - 1
     if s.dtype == tl.float32:
