@@ -4,7 +4,7 @@
 #   make test        the same set-up, then lint and the test suite
 #   make test-long   full products and long counts
 #   make compile-gpu  compile every GPU kernel for sm_80, sm_90, sm_100, without a GPU; ARCH=90 for one
-#   make gpu         on a machine with a CUDA device: build, op tests, benchmarks (PART=build|test|bench-<op>)
+#   make gpu         on a machine with a CUDA device: build, op tests, benchmarks (PART=build|test|sanitize|...)
 #   make build lint clean
 #
 # TORCH_INDEX=<address> takes torch from that package index. Without it pip's own settings decide, and on a machine
@@ -14,6 +14,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 TORCH_SPEC := torch>=2.11,<2.14
 PART ?=
+BUDGET ?=
+GPU_PY ?= $(if $(wildcard .venv/.test),.venv/bin/python,$(PYTHON))
 ARCH ?= 80 90 100
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
@@ -43,12 +45,13 @@ compile-gpu: .venv/.train .venv/.built
 	$(PY) -m swiftk.bench compile-gpu --arch $(ARCH)
 
 gpu:
-	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m swiftk.bench gpu --parts $(PART)
+	@$(GPU_PY) -c "import torch" || { echo "make gpu: $(GPU_PY) has no torch: make .venv/.test, or GPU_PY=<a python that has torch with CUDA, pytest, transformers>"; exit 1; }
+	$(GPU_PY) setup.py -q build_ext --inplace
+	$(GPU_PY) -m swiftk.bench gpu --parts $(PART) $(if $(BUDGET),--budget $(BUDGET))
 
 clean:
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache swiftk.egg-info
-	rm -f _swiftk_C*.so
+	rm -f _swiftk_C*.so _swiftk_cuda*.so
 
 # Stamps: each names what it must be newer than, so a second `make` does nothing.
 .venv/.torch:

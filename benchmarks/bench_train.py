@@ -287,6 +287,6 @@ def run(options: Options, arguments: list[str], save: Save | None = None) -> lis
             "model": shape | adapters, "training": records,
         }  # fmt: skip
         if save:
-            save(f"train-{tuner}", kept)
+            save(f"train-{tuner}" + ("" if args.recompute == "selective" else f"-{args.recompute}"), kept)
         everything += records
     return everything

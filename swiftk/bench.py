@@ -22,6 +22,7 @@ from swiftk.benchmarks.harness import Limits, Options, as_json, environment, mac
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+GENERATED = (":!benchmarks/results", ":!README.md", ":!docs/benchmarks.md")
 WORKS = ("kernels", "train", "memory", "decode", "compile-gpu", "gpu", "readme")
 
 
@@ -32,10 +33,11 @@ def kernel_names() -> list[str]:
 
 
 def commit() -> str:
-    """Short hash of the tree's commit, with + where the tree differs from it."""
+    """Short hash of the tree's commit, with + where the tree differs from it, results and the tables of them apart."""
     try:
         run = lambda *a: subprocess.run(["git", *a], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()  # noqa: E731
-        return run("rev-parse", "--short", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
+        changed = run("status", "--porcelain", "--untracked-files=no", "--", ".", *GENERATED)
+        return run("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -50,10 +52,12 @@ def save(name: str, options: Options, payload: dict[str, Any]) -> Path:
 
 
 def saved(name: str, options: Options) -> dict[str, Any] | None:
-    """The JSON of that name, if it is of this commit, and nothing has been changed since."""
+    """The JSON of that name, if it is of this very commit: none where the tree differs from it, or is no git tree."""
     path = RESULTS / machine_name(options.device) / f"{name}.json"
     found = json.loads(path.read_text()) if path.is_file() else None
-    return found if found is not None and found["commit"] == commit() else None
+    here = commit()
+    known = not here.endswith("+") and here != "unknown"
+    return found if found is not None and known and found["commit"] == here else None
 
 
 def run_kernels(options: Options, only: list[str], keep: bool, plot: Path | None) -> int:
@@ -100,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/<machine>/")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart of the ratios (png, svg, pdf)")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two saved results")
-    parser.add_argument("--parts", nargs="*", default=[], help="of `gpu`: build, test, sanitize, train, decode, bench-<op>")
+    parser.add_argument("--parts", nargs="*", default=[], help="of `gpu`: build, test, sanitize, train-lora, ..., bench-<op>")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="of `gpu`: stop before a part that may not fit")
     parser.add_argument("--quick", action="store_true", help="smallest shapes, one run: tests the benchmark, not the speed")
     args, rest = parser.parse_known_args(argv)
     if rest and args.what not in ("train", "memory", "decode"):
@@ -115,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.what == "gpu":
         on_gpu = Options(isa=args.isa, device="cuda")
         known = functools.partial(saved, options=on_gpu)
-        return gpu.run(args.parts, kernel_names(), lambda name, payload: save(name, on_gpu, payload), known, ROOT)
+        return gpu.run(args.parts, kernel_names(), lambda name, payload: save(name, on_gpu, payload), known, ROOT, args.budget)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device has cuda, but torch sees no CUDA device; wants cpu, or a CUDA build of torch and its driver")
     if args.threads:

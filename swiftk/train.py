@@ -116,12 +116,17 @@ def main(argv: list[str]) -> int:
     try:
         arguments = parse(argv, world_size=world_size, preset=str(PRESET))
         isa_path(arguments.run.isa)
-        device = pick_device(arguments.run.device, int(os.environ.get("LOCAL_RANK", "0")))
     except (ValueError, ImportError) as error:  # the second: no compiled kernels
         if rank == 0:
             print(f"swiftk.train: {error}", file=sys.stderr)
         tell_launcher(str(error))
         return 2 if isinstance(error, ValueError) else 1
+    try:
+        device = pick_device(arguments.run.device, int(os.environ.get("LOCAL_RANK", "0")))
+    except ValueError as error:  # of this rank alone, perhaps
+        print(f"swiftk.train: {error}", file=sys.stderr)
+        tell_launcher(str(error))
+        return 2
     if rank == 0:
         for warning in arguments.warnings:
             print(f"swiftk.train: {warning}", file=sys.stderr)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from swiftk.benchmarks import gpu
 
+ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ["linear", "nf4", "rms_norm", "varlen"]
 
 
@@ -29,24 +35,25 @@ def machine(monkeypatch):
     return state
 
 
-def start(state, *wanted):
-    return gpu.run(list(wanted), KERNELS, state["saved"].__setitem__, state["saved"].get, None)
+def start(state, *wanted, budget=None):
+    return gpu.run(list(wanted), KERNELS, state["saved"].__setitem__, state["saved"].get, None, budget)
 
 
 def test_all_parts_in_order_and_again_from_where_it_stopped(machine, capsys):
     machine["seconds"] = 100.0
-    assert start(machine) == 0
-    assert machine["ran"] == ["build", "test", "sanitize", "train"]  # 400 s: the next could end after nine minutes
-    assert "stopped before decode" in capsys.readouterr().out
+    assert start(machine, budget=540) == 3
+    assert machine["ran"] == ["build", "test", "sanitize", "train-lora"]  # 400 s: the next could end after nine minutes
+    assert "from train-qlora on" in capsys.readouterr().err
     assert machine["saved"]["gpu-build"]["device"] == "made up"
     machine["codes"]["bench-varlen"] = 1
     machine["clock"] = 0.0
     machine["seconds"] = 1.0
     assert start(machine) == 1
-    assert machine["ran"][4:] == ["decode", "bench-varlen", "bench-nf4", "bench-linear", "bench-rms_norm"]
+    rest = ["train-qlora", "train-lora-full", "train-qlora-full", "decode", *(f"bench-{k}" for k in ("varlen", "nf4"))]
+    assert machine["ran"][4:] == [*rest, "bench-linear", "bench-rms_norm"]
     assert "failed: bench-varlen" in capsys.readouterr().err
     machine["codes"].clear()
-    assert start(machine) == 0 and machine["ran"][9:] == ["bench-varlen"]  # what failed is done again
+    assert start(machine) == 0 and machine["ran"][12:] == ["bench-varlen"]  # what failed is done again
 
 
 def test_one_part_is_done_again_when_named(machine):
@@ -63,10 +70,16 @@ def test_errors(monkeypatch):
 
 
 def test_a_part_that_takes_too_long_or_cannot_start_is_a_failure(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "PART_SECONDS", 0.5)
-    monkeypatch.setattr(gpu, "command", lambda part: [sys.executable, "-u", "-c", "print('begun'); import time; time.sleep(9)"])
+    monkeypatch.setattr(gpu, "PART_SECONDS", 1.0)
+    note = f"open({str(tmp_path / 'child')!r}, 'w').write(str(os.getpid()))"
+    child = f"import os, time; {note}; print('begun', flush=True); time.sleep(60)"
+    monkeypatch.setattr(gpu, "command", lambda part: ["bash", "-c", shlex.join([sys.executable, "-c", child]) + "; true"])
     found = gpu.run_part("test", tmp_path)
     assert found["exit"] == 124 and found["output"] == ["begun"]
+    with pytest.raises(ProcessLookupError):  # what the part has started is gone too
+        for _ in range(100):
+            os.kill(int((tmp_path / "child").read_text()), 0)
+            time.sleep(0.05)
     monkeypatch.setattr(gpu, "command", lambda part: [str(tmp_path / "missing")])
     assert gpu.run_part("test", tmp_path)["exit"] == 127
 
@@ -74,3 +87,12 @@ def test_a_part_that_takes_too_long_or_cannot_start_is_a_failure(monkeypatch, tm
 def test_every_part_has_a_command():
     for part in gpu.parts(KERNELS):
         assert all(isinstance(word, str) for word in gpu.command(part))
+
+
+def test_the_sanitizers_tests_are_found(monkeypatch):
+    """The inner command, as the shell splits it, collects tests."""
+    _bash, _c, line = gpu.command("sanitize")
+    words = shlex.split(line.split("&& ")[-1])
+    inner = words[words.index(sys.executable) :]
+    done = subprocess.run([*inner, "--collect-only"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "test_nf4_cuda.py::" in done.stdout, done.stdout + done.stderr

@@ -36,7 +36,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         why = "torch was built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
         raise ValueError(f"device: has cuda, but {why}; wants cpu, or a CUDA build of torch and NVIDIA's driver")
     if local_rank >= found:
-        raise ValueError(f"device: rank {local_rank} of this machine has no GPU of its own: torch sees {found}; start {found}")
+        wants = f"wants at most {found} ranks here (torchrun --nproc-per-node {found}), or --device cpu"
+        raise ValueError(f"device: rank {local_rank} of this machine has no GPU of its own, torch sees {found}; {wants}")
     return torch.device("cuda", local_rank)
 
 

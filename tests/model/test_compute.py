@@ -25,7 +25,7 @@ def test_devices(gpus):
     gpus(2)
     assert pick_device("auto", 1) == pick_device("cuda", 1) == torch.device("cuda", 1)
     assert pick_device("cpu", 1) == torch.device("cpu")
-    with pytest.raises(ValueError, match="rank 2 of this machine has no GPU of its own: torch sees 2"):
+    with pytest.raises(ValueError, match="rank 2 of this machine has no GPU of its own, torch sees 2; wants at most 2 ranks"):
         pick_device("auto", 2)
     with pytest.raises(ValueError, match="device: has 'gpu', wants one of auto, cpu, cuda"):
         pick_device("gpu")
