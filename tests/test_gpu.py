@@ -33,14 +33,14 @@ TUNERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "galore", "q_galore"])
 @pytest.mark.parametrize("tuner", TUNERS)
 def test_training_steps_follow_the_cpu(tuner, optim):
     """Ten steps in fp32: the losses of the CPU's kernels; the same bits when repeated."""
 
     def losses(device):
         model = Model(ModelConfig.from_hf(toy.MODEL), Mesh.single(), seed=1, tuner=TUNERS[tuner]).to(device)
-        optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(optim=optim))
+        optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(optim=optim, galore_rank=4))
         set_learning_rate(optimizer, 1e-3)
         found = []
         for step in range(10):

@@ -36,6 +36,7 @@ class AdamW8bit(torch.optim.Optimizer):
     """
 
     own: tuple[str, ...] = ("min_8bit", "isa")
+    on_host: tuple[str, ...] = ("step",)  # state that the host reads at every step; all else lies beside the parameter
 
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -99,7 +100,7 @@ class AdamW8bit(torch.optim.Optimizer):
         for number, p in zip(saved, ours, strict=True):
             if number in state_dict["state"]:
                 self.state[p] = {
-                    k: t.detach().clone().to("cpu" if k == "step" else p.device)  # read by the host at every step
+                    k: t.detach().clone().to("cpu" if k in self.on_host else p.device)
                     for k, t in state_dict["state"][number].items()
                 }
 

@@ -73,6 +73,7 @@ class GaLore(AdamW8bit):
     """
 
     own = (*AdamW8bit.own, "rank", "gap", "scale", "quantized", "seed", "names")
+    on_host = ("step", "due", "gap")
 
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
@@ -101,11 +102,11 @@ class GaLore(AdamW8bit):
         m, n = sorted(p.shape)
         moments = new_moments(p.new_empty(self.rank, n, dtype=torch.float32), min_8bit=self.min_8bit)
         state = {"step": torch.zeros((), dtype=torch.float32), **moments_state(moments), "due": torch.ones(())}
-        projection = torch.zeros(m, self.rank)
+        projection = torch.zeros(m, self.rank, device=p.device)
         if not self.quantized:
             return {**state, "projection": projection}
         codes, absmax = pack_int4(projection)
-        cosines = torch.full((QUEUE,), -1.0)  # fewer than five so far: the mean stays below
+        cosines = torch.full((QUEUE,), -1.0, device=p.device)  # fewer than five so far: the mean stays below
         state |= {"projection": codes, "projection_absmax": absmax, "gap": torch.tensor(float(self.gap)), "cosines": cosines}
         return state
 

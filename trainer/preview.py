@@ -6,8 +6,6 @@ from itertools import pairwise
 from typing import IO
 
 import numpy as np
-from rich.console import Console
-from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from swiftk.trainer.data import Dataset
@@ -37,6 +35,9 @@ def preview(
 
     file: None is standard output.
     """
+    from rich.console import Console  # a run without a preview needs no rich
+    from rich.text import Text
+
     console = Console(file=file, highlight=False)
     colour = console.is_terminal and not console.no_color
     legend = Text.assemble(("masked", MASKED), " ", ("trained", TRAINED)) if colour else Text(f"masked {OPEN}trained{CLOSE}")

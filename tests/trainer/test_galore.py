@@ -161,6 +161,24 @@ def test_a_state_dict_goes_on_bit_for_bit_and_ranks_agree(optim):
     assert all(torch.equal(t, resumed.state[others[n]][k]) for n, p in named.items() for k, t in first.state[p].items())
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_the_host_reads_is_on_the_cpu_and_all_else_beside_the_parameter(quantized):
+    """A state as new and as loaded, with the meta device for a GPU."""
+
+    def where(optimizer, p):
+        return {name: t.device.type for name, t in optimizer.state[p].items()}
+
+    p, there = (torch.nn.Parameter(torch.zeros(16, 300, device=device)) for device in ("cpu", "meta"))
+    ours, other = (GaLore([{"params": [("w", q)], "project": True}], rank=8, quantized=quantized) for q in (p, there))
+    other.begin(there)
+    want = {name: "cpu" if name in ("step", "due", "gap") else "meta" for name in other.state[there]}
+    assert "projection" in want and ("cosines" in want) == quantized
+    assert where(other, there) == want
+    ours.begin(p)
+    other.load_state_dict(ours.state_dict())
+    assert where(other, there) == want
+
+
 def test_the_gap_doubles_where_the_direction_has_settled():
     settled, moving = (torch.nn.Parameter(torch.randn(20, 40)) for _ in range(2))
     groups = [{"params": [("s", settled), ("m", moving)], "project": True}]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,3 +71,8 @@ def test_segments_are_the_row(packed):
     assert [trained for _, trained in parts] == [False, True, False]
     row.loss_mask[:] = True
     assert [trained for _, trained in segments(row, TOKENIZER)] == [False, True]  # the first token is no label
+
+
+def test_the_trainer_imports_without_rich():
+    code = "import sys; sys.modules['rich'] = None; import swiftk.trainer.run"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])
