@@ -74,6 +74,11 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, fuse: bool = True, **me
     """
     if 0 in grid:
         return
+    if INTERPRETED and any(isinstance(a, torch.Tensor) and a.dtype == torch.bfloat16 for a in args):
+        raise ValueError(
+            f"{kernel.fn.__name__}: an argument has dtype torch.bfloat16, whose arithmetic is wrong under TRITON_INTERPRET=1, "
+            "wants torch.float32 or torch.float64"
+        )
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device, whatever its arguments

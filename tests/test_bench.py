@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -89,7 +90,8 @@ def test_the_cases_under_pytest_benchmark(tmp_path):
     kept = tmp_path / "kept.json"
     command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "--quick"]
     command += ["--ops", "swiglu", "merge", f"--benchmark-json={kept}", "--benchmark-min-rounds=2", "--benchmark-max-time=0.01"]
-    done = subprocess.run(command, cwd=bench.ROOT, capture_output=True, text=True)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}  # under xdist it is disabled
+    done = subprocess.run(command, cwd=bench.ROOT, capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(kept.read_text())["benchmarks"]
     assert {b["group"] for b in found} == {"swiglu", "merge"}

@@ -65,7 +65,7 @@ class Engine:
         torch_dtype: bfloat16 | float32 | float64; None: bf16 on a GPU and where the CPU has its instructions, else fp32.
         quant_bits: 4 holds the linears of the blocks in NF4; quant_head the head too. With a directory only.
         cache_gib, num_blocks: size of the KV cache; None: room for max_num_seqs at their longest, but at most 4 GiB and a
-            quarter of the memory that is free.
+            quarter of the memory that is free; on a GPU up to three quarters of what is free there (a live model: a quarter).
         block_size: tokens of a block. max_num_seqs: sequences that run at once. max_batched_tokens: rows of a step.
         max_model_len: longest sequence; None: the model's max_position_embeddings, or what the cache holds.
         prefix_caching: shared prefixes are computed once.
@@ -73,7 +73,8 @@ class Engine:
             while at most speculate_up_to sequences run.
         isa: of the CPU kernels. A live model's own is used where it is given as "auto".
         device: of a directory: "auto" (a GPU where torch sees one), "cpu" or "cuda". A live model is where it is.
-        numerics: of a directory's products on a GPU: "auto", or "invariant", with which the promise above holds there too.
+        numerics: of a directory's products on a GPU: "auto", or "invariant": then a request's tokens and log-probabilities do
+            not depend on the batch there either (they are close to the trainer's, docs/numerics.md).
     Raises: ValueError for what does not fit together or into memory, before anything is loaded.
     """
 
@@ -109,7 +110,7 @@ class Engine:
             if adapters and model.tuning.adapted:
                 raise ValueError("Engine: adapters has names, a model with an adapter of its own wants none")
             self.model, directory = model, None
-            num_blocks, longest = loading.cache_blocks(model.config, dtype, weights=weights, **cache)
+            num_blocks, longest = loading.cache_blocks(model.config, dtype, weights=weights, live=True, **cache)
         else:
             directory = Path(model)
             config = ModelConfig.from_hf(directory)

@@ -18,6 +18,7 @@ are zeroed (kernels/lora_linear.py).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -117,6 +118,8 @@ class Forward:
         self._tapes: dict[tuple, Any] = {}
         self._on_gpu = on_gpu(model.rope_cos)
         self._pool: Any = None  # of the graphs
+        # streams, events and graphs are those of the current device, whatever the tensors' is
+        self._current: Any = torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
         self._bind()
         self._places: list[tuple[dict[str, Any], str]] = [  # a parameter that is replaced stands in the same place
             (kept, name) for m in model.modules() for kept in (m._parameters, m._buffers)
@@ -247,7 +250,7 @@ class Forward:
         if state[1] != self._known[1]:  # other tensors: the addresses on the tapes are those of the old ones
             if self._shapes() != self._known_shapes:
                 raise ValueError("Engine: the model's parameters have other shapes than they had, wants an Engine of its own")
-            self._tapes.clear()
+            self._forget()
             self._bind()
         for fill in self._refreshers:
             fill()
@@ -266,10 +269,19 @@ class Forward:
     def _tensors(self) -> list[torch.Tensor]:
         return [_GONE if (t := kept.get(name)) is None else t for kept, name in self._places]
 
+    def _forget(self) -> None:
+        """All tapes or graphs; a pool without a graph must not be used again."""
+        self._tapes.clear()
+        self._pool = None
+
     # --- a step ----------------------------------------------------------------------------------------------------
 
     def __call__(self, step: Sequence[Rows]) -> int:
         """Writes the keys and values of all rows into the cache and their last hidden states into `h`; the number of rows."""
+        with self._current:
+            return self._step(step)
+
+    def _step(self, step: Sequence[Rows]) -> int:
         if self._copied is not None:
             self._copied.synchronize()  # the last step's copy has left the buffer that is written now
         size = self.block_size
@@ -298,7 +310,7 @@ class Forward:
         tape = self._tapes.get(key)
         if tape is None:
             if len(self._tapes) == TAPES:
-                self._tapes.clear()
+                self._forget()
             tape = native().Tape()
             tape.start()
             try:
@@ -331,7 +343,7 @@ class Forward:
         if self.device.type == "cpu" or rows > GRAPH_ROWS:
             return
         if len(self._tapes) == TAPES:
-            self._tapes.clear()
+            self._forget()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()  # one for all graphs: they never run side by side
         graph = torch.cuda.CUDAGraph()
@@ -393,6 +405,10 @@ class Forward:
     def logits(self, rows: Sequence[int], count: int) -> torch.Tensor:
         """(len(rows), vocab) in the accumulate dtype, unrounded, of some of the `count` rows of the last step; overwritten by
         the next call."""
+        with self._current:
+            return self._rows_logits(rows, count)
+
+    def _rows_logits(self, rows: Sequence[int], count: int) -> torch.Tensor:
         hidden, owner = self.h[:count], self.owner[:count]
         if len(rows) != count:
             index = torch.tensor(rows, device=self.device)

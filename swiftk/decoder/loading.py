@@ -67,10 +67,11 @@ def draft_of(speculate: str | Path | Model | None, dtype: torch.dtype) -> tuple[
 def cache_blocks(
     config: ModelConfig, dtype: torch.dtype, *, block_size: int, max_seqs: int, max_len: int | None, cache_gib: float | None,
     num_blocks: int | None, weights: int, draft: ModelConfig | None = None, device: torch.device = CPU,
+    live: bool = False,
 ) -> tuple[int, int]:  # fmt: skip
     """Blocks of the cache (the dummy among them) and the longest sequence. Without a size: room for all sequences at their
-    longest, but at most 4 GiB and a quarter of what is free beside the weights, on a GPU three quarters of it. A draft model
-    has a cache of as many blocks.
+    longest, but at most 4 GiB and a quarter of what is free beside the weights, on a GPU three quarters of it (a quarter where
+    the model is live). A draft model has a cache of as many blocks.
 
     Raises: ValueError for a cache that does not fit beside `weights` bytes still to be loaded.
     """
@@ -90,7 +91,8 @@ def cache_blocks(
         num_blocks = int(cache_gib * GIB / each)
     if num_blocks is None:
         wanted = max_seqs * -(-(max_len or longest) // block_size)
-        most = free * 3 / 4 if device.type == "cuda" else min(free / 4, DEFAULT_CACHE)
+        share = 1 / 4 if live else 3 / 4  # a trainer needs the memory for its next step
+        most = free * share if device.type == "cuda" else min(free / 4, DEFAULT_CACHE)
         num_blocks = 1 + min(wanted, int(most / each))
     if num_blocks < 2:
         raise ValueError(f"cache_gib: has room for {num_blocks} blocks, wants at least 2 ({2 * each / GIB:.3g} GiB)")
