@@ -28,12 +28,12 @@ train: .venv/.train .venv/.built
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --nproc-per-node 2 -m swiftk.train
 
 test: lint
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "not long and not gpu" tests/triton
-	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "not long and not gpu" --ignore tests/triton
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "not long" tests/triton
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "not long" --ignore tests/triton
 
 test-long: .venv/.test .venv/.built
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "long and not gpu" tests/triton
-	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m "long and not gpu" --ignore tests/triton
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m long tests/triton
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal -m long --ignore tests/triton
 
 lint: .venv/.test .venv/.built
 	.venv/bin/python -m ruff check .
