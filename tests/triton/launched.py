@@ -9,8 +9,10 @@ from unittest import mock
 import numpy as np
 import torch
 
-from swiftk.kernels import _checks, _native
+from swiftk.kernels import _checks, _native, vocab_stats
+from swiftk.kernels._head import STEP, ranges
 from swiftk.kernels._triton import INTERPRETED
+from swiftk.kernels.vocab_stats import even_blocks, logits_ref
 
 
 @contextlib.contextmanager
@@ -36,6 +38,20 @@ def dots_like_a_gpus():
 
     with mock.patch.object(InterpreterBuilder, "create_dot", dot):
         yield
+
+
+def logits_ref_in_blocks(hidden, weight, softcap=0.0, *, adapter=None, dropout=None) -> torch.Tensor:
+    """logits_ref of the blocks of rows and columns that the operators take, so that torch's products of the gradient are of the
+    same shapes: on one thread MKL's error in a sum of 2048 is 2e-7 for 6 rows and 1.5e-6 for 3."""
+
+    def part(r: slice, c: slice) -> torch.Tensor:
+        own = dropout and dropout._replace(token_index=dropout.token_index[r])
+        rest = [None if t is None else t[c] for t in adapter[3:]] if adapter else ()
+        lora = adapter and type(adapter)(adapter.a, adapter.b[c], adapter.scale, *rest)
+        return logits_ref(hidden[r], weight[c], softcap, adapter=lora, dropout=own)
+
+    rows, columns = even_blocks(len(hidden), vocab_stats.BLOCK_ROWS), list(ranges(len(weight), STEP))
+    return torch.cat([torch.cat([part(r, c) for c in columns], -1) for r in rows])
 
 
 def check_operator(f: Callable, *inputs: torch.Tensor, **options) -> None:

@@ -17,7 +17,7 @@ from swiftk.kernels.linear_cross_entropy import (
 from swiftk.kernels.lora_linear import Adapter, row_norm_sq
 from swiftk.kernels.nf4 import nf4_dequantize, nf4_quantize
 from swiftk.testing.accuracy import assert_accurate
-from tests.triton.launched import check_operator, operators_take
+from tests.triton.launched import check_operator, logits_ref_in_blocks, operators_take
 
 IGNORE = -100
 MODES, LONG = ["fused", "recompute"], pytest.mark.long
@@ -46,10 +46,11 @@ def reference(x, w, y, token_weights, **options):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Two blocks of rows, two of columns, in each of the passes."""
+    """Two blocks of rows, two of columns, in each of the passes; the reference in the same ones."""
     for m, name, size in (
         (module, "BLOCK_ROWS", 4), (vocab_stats, "BLOCK_ROWS", 4), (module, "CUDA_TRAINED_ROWS", 4),
         (module, "CUDA_LABEL_ROWS", 3), (_head, "CUDA_BUFFER_BYTES", 4 * _head.STEP * 4),
+        (vocab_stats, "logits_ref", logits_ref_in_blocks),
     ):  # fmt: skip
         monkeypatch.setattr(m, name, size)
 

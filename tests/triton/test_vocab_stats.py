@@ -8,7 +8,7 @@ from swiftk.kernels import vocab_stats as module
 from swiftk.kernels._triton import INTERPRETED
 from swiftk.kernels.vocab_stats import merge_vocab_stats, vocab_stats, vocab_stats_ref
 from swiftk.testing.accuracy import assert_accurate
-from tests.triton.launched import check_operator, dots_like_a_gpus, operators_take
+from tests.triton.launched import check_operator, dots_like_a_gpus, logits_ref_in_blocks, operators_take
 
 IGNORE = -100
 NAMES = ("lse", "label_logit", "logprob", "logit_sum", "entropy", "max_logit", "dx", "dw")
@@ -35,9 +35,10 @@ def values_and_gradients(f, x, w, y, coefficients, cast):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Two blocks of rows, two of columns."""
+    """Two blocks of rows, two of columns; the reference in the same ones."""
     monkeypatch.setattr(module, "BLOCK_ROWS", 4)
     monkeypatch.setattr(_head, "CUDA_BUFFER_BYTES", 4 * module.STEP * 4)
+    monkeypatch.setattr(module, "logits_ref", logits_ref_in_blocks)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
