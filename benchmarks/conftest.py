@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from swiftk import bench
 from swiftk.benchmarks.harness import Case, Options
@@ -37,6 +38,12 @@ class Cases:
         case = next(itertools.islice(self.left, number - self.number - 1, None))
         self.number = number
         return case
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device", "cpu") == "cuda" and not torch.cuda.is_available():
+        wants = "wants cpu, or a CUDA build of torch and its driver"
+        raise pytest.UsageError(f"--device has cuda, but torch sees no CUDA device; {wants}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

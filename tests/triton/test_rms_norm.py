@@ -27,8 +27,8 @@ def test_values_and_gradients(shape, dtype, device):
         y, grads = rms_norm(x, weight), gradients(rms_norm, x, weight, dy)
     assert_accurate(y, plain(x, weight), rms_norm_ref(x.double(), weight.double()))
     exact = gradients(rms_norm_ref, x.double(), weight.double(), dy.double())
-    for got, torchs, want in zip(grads, gradients(plain, x, weight, dy), exact, strict=True):
-        assert_accurate(got, torchs, want)
+    for name, got, torchs, want in zip(("dx", "dw"), grads, gradients(plain, x, weight, dy), exact, strict=True):
+        assert_accurate(got, torchs, want, name)
 
 
 def test_a_row_depends_on_itself_alone_and_repeats(device):
