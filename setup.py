@@ -6,18 +6,23 @@
 
 The C++ build is driven by ninja (incremental, header dependencies tracked), includes no torch header and uses no
 `-march`: each source compiles its kernels once per instruction set (csrc/cpu/for_each_isa.h) and picks at run time.
+A machine without pybind11 and ninja, and without a network, builds too: torch brings pybind11's headers, and threads take
+ninja's place, which compile every source each time.
 """
 
+import functools
+import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -43,6 +48,26 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or next((str(p) for home in homes if home and (p := Path(home) / "bin/nvcc").exists()), None)
 
 
+def find_pybind11() -> str:
+    """The folder of the headers. torch's is found without importing it."""
+    try:
+        import pybind11
+
+        return pybind11.get_include()
+    except ImportError:
+        torch = importlib.util.find_spec("torch")
+        include = Path(torch.origin).parent / "include" if torch and torch.origin else Path()
+        if not (include / "pybind11" / "pybind11.h").exists():
+            raise SystemExit("swiftk: pybind11's headers are neither installed nor in torch: pip install pybind11") from None
+        return str(include)
+
+
+def find_ninja() -> list[str] | None:
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    return [path] if (path := shutil.which("ninja")) else None
+
+
 def wants_cuda() -> bool:
     wanted = os.environ.get("SWIFTK_CUDA") or "auto"
     if wanted not in ("0", "1", "auto"):
@@ -58,6 +83,15 @@ def cuda_archs() -> list[str]:
     archs = os.environ.get("SWIFTK_CUDA_ARCHS", CUDA_ARCHS).split()
     if not archs or not all(a.isdigit() and int(a) >= 80 for a in archs):
         raise SystemExit(f"swiftk: SWIFTK_CUDA_ARCHS has {' '.join(archs)!r}, wants capabilities from 80, as in {CUDA_ARCHS!r}")
+    nvcc = find_nvcc()
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    if missing := [a for a in archs if f"compute_{a}" not in known]:
+        rest = " ".join(a for a in archs if a not in missing)
+        leave = f'SWIFTK_CUDA_ARCHS="{rest}" builds for the others, ' if rest else ""
+        raise SystemExit(
+            f"swiftk: {nvcc} cannot compile for sm_{', sm_'.join(missing)} (CUDA 12.8 or newer is for {CUDA_ARCHS}); "
+            f"{leave}SWIFTK_CUDA=0 no CUDA kernels"
+        )
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
     newest = max(archs, key=int)
     return [*codes, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
@@ -90,40 +124,40 @@ class NinjaBuild(build_ext):
         kind = "-emulated" if EMULATE else ""
         work = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sysconfig.get_python_version()}{kind}"
         work.mkdir(parents=True, exist_ok=True)
-        includes = [pybind11.get_include(), sysconfig.get_paths()["include"], ROOT / "csrc"]
+        includes = [find_pybind11(), sysconfig.get_paths()["include"], ROOT / "csrc"]
         flags = [*CXX_FLAGS, *(EMULATE_FLAGS if EMULATE else [])]
         flags += [f'-DSWIFTK_VERSION=\\"{VERSION}\\"', *(f"-I{shell_quote(p)}" for p in includes)]
         if sys.platform == "darwin":
             raise SystemExit("swiftk: the C++ kernels build with GCC or Clang on Linux; macOS is not supported yet")
-        lines = [
-            f"cxx = {os.environ.get('CXX', 'g++')}",
-            f"flags = {' '.join(flags).replace('$', '$$')}",
-            "rule cc\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",  # ninja quotes $in and $out itself
-            "  depfile = $out.d\n  deps = gcc\n  description = CXX $in",
-            f"rule link\n  command = $cxx $in -o $out {' '.join(LINK_FLAGS)}\n  description = LINK $out",
-        ]
-        link = "link"
+        cxx = os.environ.get("CXX", "g++")
+        compilers = {"cc": f"{cxx} {' '.join(flags)}"}
+        linker = f"{cxx} {' '.join(LINK_FLAGS)}"
         if any(source.endswith(".cu") for source in ext.sources):
-            cuda_flags, link = " ".join([*NVCC_FLAGS, *cuda_archs(), f"-I{shell_quote(ROOT / 'csrc')}"]), "link_cuda"
-            lines += [
-                f"nvcc = {shell_quote(find_nvcc())}\ncuda_flags = {cuda_flags.replace('$', '$$')}",
-                "rule cu\n  command = $nvcc $cuda_flags -MMD -MF $out.d -c $in -o $out",
-                "  depfile = $out.d\n  deps = gcc\n  description = NVCC $in",
-                "rule link_cuda\n  command = $nvcc -shared -cudart=static $in -o $out\n  description = LINK $out",
-            ]
-        objects = []
-        for source in sorted(ext.sources, key=compile_time, reverse=True):  # none is left to wait for
-            obj = Path(source).with_suffix(".o").as_posix().replace("/", "_")
-            rule = "cu" if source.endswith(".cu") else "cc"
-            lines.append(f"build {ninja_path(obj)}: {rule} {ninja_path(ROOT / source)}")
-            objects.append(obj)
-        lines.append(f"build {ninja_path(ext.name)}.so: {link} {' '.join(map(ninja_path, objects))}")
-        lines.append(f"default {ninja_path(ext.name)}.so")
-        file = f"{ext.name}.ninja"
-        (work / file).write_text("\n".join(lines) + "\n")
-        subprocess.check_call([sys.executable, "-m", "ninja", "-C", str(work), "-f", file])
+            nvcc = shell_quote(find_nvcc())
+            compilers["cu"] = " ".join([nvcc, *NVCC_FLAGS, *cuda_archs(), f"-I{shell_quote(ROOT / 'csrc')}"])
+            linker = f"{nvcc} -shared -cudart=static"
+        objects = {  # the longest first: none is left to wait for
+            Path(s).with_suffix(".o").as_posix().replace("/", "_"): ("cu" if s.endswith(".cu") else "cc", ROOT / s)
+            for s in sorted(ext.sources, key=compile_time, reverse=True)
+        }
+        library = f"{ext.name}.so"
+        if ninja := find_ninja():
+            lines = [f"rule link\n  command = {linker.replace('$', '$$')} $in -o $out\n  description = LINK $out"]
+            for rule, compiler in compilers.items():  # ninja quotes $in and $out itself
+                lines.append(f"rule {rule}\n  command = {compiler.replace('$', '$$')} -MMD -MF $out.d -c $in -o $out")
+                lines.append(f"  depfile = $out.d\n  deps = gcc\n  description = {rule.upper()} $in")
+            lines += [f"build {ninja_path(obj)}: {rule} {ninja_path(s)}" for obj, (rule, s) in objects.items()]
+            lines.append(f"build {ninja_path(library)}: link {' '.join(map(ninja_path, objects))}")
+            (work / f"{ext.name}.ninja").write_text("\n".join(lines) + "\n")
+            subprocess.check_call([*ninja, "-C", str(work), "-f", f"{ext.name}.ninja"])
+        else:
+            commands = [f"{compilers[r]} -c {shlex.quote(str(s))} -o {shlex.quote(obj)}" for obj, (r, s) in objects.items()]
+            shell = functools.partial(subprocess.check_call, shell=True, cwd=work)
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                list(pool.map(shell, commands))
+            shell(f"{linker} {shlex.join(objects)} -o {shlex.quote(library)}")
         target.unlink(missing_ok=True)  # a running process keeps its old mapping
-        target.write_bytes((work / f"{ext.name}.so").read_bytes())
+        target.write_bytes((work / library).read_bytes())
 
 
 setup(
@@ -141,8 +175,9 @@ setup(
     },
     package_data={"swiftk": ["py.typed", "*.yaml"]},
     ext_modules=[
-        Extension("_swiftk_C", [p for p in sources("**/*.cpp") if p != BINDINGS_CUDA]),
+        # first: an nvcc that is too old says so at once
         *([Extension("_swiftk_cuda", [BINDINGS_CUDA, *sources("cuda/*.cu")])] if wants_cuda() else []),
+        Extension("_swiftk_C", [p for p in sources("**/*.cpp") if p != BINDINGS_CUDA]),
     ],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -2,14 +2,16 @@
 as it is shipped and every CUDA source, on a machine without a GPU, and prints what ptxas says: registers, shared memory,
 spilled bytes, and whether Hopper's instructions (wgmma, TMA) are there.
 
-A kernel that spills more than its entry says, or wants more shared memory than a block can have, is an error. Values are not
-proven by this: fp32 and fp16 by the interpreter (tests/triton), bf16 on a GPU alone.
+A kernel that does not compile, spills more than its entry says, or wants more shared memory than a block can have, is an error,
+and so is a CUDA source without an nvcc (--no-cuda-sources leaves them out). Values are not proven by this: fp32 and fp16 by the
+interpreter (tests/triton), bf16 on a GPU alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import pkgutil
 import re
 import shutil
@@ -37,11 +39,9 @@ class Compiled(NamedTuple):
     tma: bool
 
     def row(self) -> str:
-        yes = {True: "yes", False: "-"}
-        return (
-            f"{self.label:44} {self.arch:>4} {self.warps or '-':>5} {self.registers:>9} {self.shared:>7} {self.spills:>6}  "
-            f"{yes[self.wgmma]:5}  {yes[self.tma]}"
-        )
+        """What follows the label and the chip."""
+        wgmma, tma = ("yes" if has else "-" for has in (self.wgmma, self.tma))
+        return f"{self.warps or '-':>5} {self.registers:>9} {self.shared:>7} {self.spills:>6}  {wgmma:5}  {tma}"
 
     def wrong(self) -> str | None:
         if self.spills > self.allowed:
@@ -69,6 +69,12 @@ def _ptxas_says(said: str) -> tuple[int, int]:
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     assert registers and spills, said
     return int(registers[1]), int(spills[1]) + int(spills[2])
+
+
+def find_nvcc() -> str | None:
+    """As setup.py finds it, which is no part of an installation."""
+    homes = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    return shutil.which("nvcc") or next((str(p) for home in homes if home and (p := Path(home) / "bin/nvcc").exists()), None)
 
 
 def compile_triton(one: Any, arch: int) -> Compiled:
@@ -108,9 +114,10 @@ def compile_cuda(source: Path, arch: int) -> list[Compiled]:
     """Each kernel of a CUDA source. What it asks for at launch beyond its static shared memory is checked where it is launched.
     A stack frame counts as spilled: an array that is indexed at run time lies in memory too."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["nvcc", *NVCC_FLAGS, "-cubin", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "-o", f"{folder}/out"]
-        built = subprocess.run([*command, str(source)], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
+        command = [find_nvcc() or "nvcc", *NVCC_FLAGS, "-cubin", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v"]
+        built = subprocess.run([*command, "-o", f"{folder}/out", str(source)], capture_output=True, text=True)
+    if built.returncode:
+        raise RuntimeError(built.stderr)
     said = subprocess.run(["c++filt"], input=built.stderr, check=True, capture_output=True, text=True).stdout
     found = []
     for part in said.split("Compiling entry function ")[1:]:
@@ -123,10 +130,24 @@ def compile_cuda(source: Path, arch: int) -> list[Compiled]:
     return found
 
 
+def what_failed(error: BaseException) -> str:
+    """One line: a compiler's first that says error, or its first. Triton wraps an error once per nested function."""
+    while error.__cause__:
+        error = error.__cause__
+    said = str(getattr(error, "error_message", None) or getattr(error, "stderr", None) or error)
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "error" in line.lower()), lines[0])
+
+
+def chip(name: str) -> int:
+    return int(name.removeprefix("sm_"))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m swiftk.bench compile-gpu", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHS, default=list(ARCHS))
+    parser.add_argument("--arch", type=chip, nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--only", nargs="+", default=[], metavar="LABEL", help="kernels whose label begins with one of these")
+    parser.add_argument("--no-cuda-sources", action="store_true", help="Triton kernels only")
     args = parser.parse_args(argv)
     from swiftk.kernels import _triton
 
@@ -135,24 +156,35 @@ def main(argv: list[str] | None = None) -> int:
         print(f"compile-gpu: {why}", file=sys.stderr)
         return 1
     print(f"Triton {_triton.triton.__version__}\n{HEAD}")
-    failed = []
-    for one in shipped():
-        if args.only and not one.label.startswith(tuple(args.only)):
+    wanted = tuple(args.only) or ("",)
+    work: list[tuple[str, int, Any]] = [
+        (one.label, arch, one) for one in shipped() if one.label.startswith(wanted) for arch in args.arch if arch in one.archs
+    ]
+    sources = [] if args.no_cuda_sources else [s for s in cuda_sources() if s.name.startswith(wanted)]
+    work += [(source.name, arch, source) for source in sources for arch in args.arch]
+    failed = [
+        f"--only has {only!r}, and nothing that is shipped for sm_{', sm_'.join(map(str, args.arch))} begins with it"
+        for only in args.only
+        if not any(label.startswith(only) for label, *_ in work)
+    ]
+    if sources and find_nvcc() is None:
+        names = ", ".join(source.name for source in sources)
+        failed.append(
+            f"nvcc is not in PATH, CUDA_HOME or /usr/local/cuda, not compiled: {names}; install CUDA 12.8 or newer, or say "
+            "--no-cuda-sources"
+        )
+        work = [each for each in work if each[2] not in sources]
+    for label, arch, one in work:
+        print(f"{label:44} {arch:>4} ", end="", flush=True)  # before it is compiled: a slow one is known
+        try:
+            found = compile_cuda(one, arch) if isinstance(one, Path) else [compile_triton(one, arch)]
+        except Exception as error:  # the others go on
+            print("failed", flush=True)
+            failed.append(f"{label} on sm_{arch}: {what_failed(error)}")
             continue
-        for arch in args.arch:
-            if arch in one.archs:
-                found = compile_triton(one, arch)
-                print(found.row(), flush=True)
-                failed += [line] if (line := found.wrong()) else []
-    sources = [s for s in cuda_sources() if not args.only or s.stem.startswith(tuple(args.only))]
-    if sources and shutil.which("nvcc") is None:
-        print(f"compile-gpu: nvcc is not in PATH, {len(sources)} CUDA sources are not compiled", file=sys.stderr)
-        sources = []
-    for source in sources:
-        for arch in args.arch:
-            for found in compile_cuda(source, arch):
-                print(found.row(), flush=True)
-                failed += [line] if (line := found.wrong()) else []
+        rows = [f"\n{k.label:44} {arch:>4} {k.row()}" for k in found] if isinstance(one, Path) else [found[0].row()]
+        print("".join(rows), flush=True)
+        failed += [line for k in found if (line := k.wrong())]
     for line in failed:
         print(f"compile-gpu: {line}", file=sys.stderr)
     return 1 if failed else 0

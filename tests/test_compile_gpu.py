@@ -4,7 +4,6 @@ tests."""
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from swiftk.benchmarks import compile_gpu
+from swiftk.kernels import _triton
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = compile_gpu.shipped()
@@ -24,7 +24,7 @@ def test_compiles(one, arch):
         assert compile_gpu.compile_triton(one, arch).wrong() is None
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.skipif(compile_gpu.find_nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=pytest.mark.long) for arch in (80, 100))])
 @pytest.mark.parametrize("source", compile_gpu.cuda_sources(), ids=lambda source: source.stem)
 def test_cuda_compiles(source, arch):
@@ -40,6 +40,55 @@ def test_spills_and_shared_memory_are_errors():
     assert "spilled" in (fine._replace(spills=8).wrong() or "")
     assert fine._replace(spills=8, allowed=8).wrong() is None
     assert "shared memory" in (fine._replace(shared=fine.shared + 1).wrong() or "")
+
+
+def row(label, archs=(80, 90, 100)):
+    return _triton.Shipped(label, None, {}, frozenset(), {}, 4, 2, True, archs, 0)
+
+
+@pytest.fixture
+def fakes(monkeypatch, tmp_path):
+    """Kernels `fine` and `broken`, a CUDA source that is no C++, and compiled: the (label, chip) that reached Triton."""
+    reached = []
+
+    def compile_triton(one, arch):
+        reached.append((one.label, arch))
+        if one.label == "broken":
+            raise RuntimeError("at 3:4:\n  x = y\n") from ValueError("an error\nof two lines")
+        return compile_gpu.Compiled(one.label, arch, 4, 32, 0, 0, 0, False, False)
+
+    source = tmp_path / "source.cu"
+    source.write_text("no C++")
+    monkeypatch.setattr(compile_gpu, "shipped", lambda: [row("broken"), row("fine", (90,))])
+    monkeypatch.setattr(compile_gpu, "compile_triton", compile_triton)
+    monkeypatch.setattr(compile_gpu, "cuda_sources", lambda: [source])
+    return reached
+
+
+def test_a_kernel_that_does_not_compile_is_one_line_and_the_others_go_on(fakes, capsys):
+    assert compile_gpu.main(["--arch", "sm_90", "80", "--no-cuda-sources"]) == 1
+    assert fakes == [("broken", 90), ("broken", 80), ("fine", 90)]
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [f"compile-gpu: broken on sm_{arch}: an error" for arch in (90, 80)]
+    assert re.search(r"^fine +90 +4 +32 ", out, re.M) and re.search("^broken +80 +failed$", out, re.M)
+    assert compile_gpu.main(["--only", "fine"]) == 0
+
+
+def test_a_label_that_nothing_begins_with_is_an_error(fakes, capsys):
+    assert compile_gpu.main(["--only", "fine", "fime"]) == 1
+    assert "--only has 'fime'" in capsys.readouterr().err and fakes == [("fine", 90)]
+    assert compile_gpu.main(["--only", "fine", "--arch", "80"]) == 1  # shipped for another chip
+    assert "--only has 'fine', and nothing that is shipped for sm_80" in capsys.readouterr().err and len(fakes) == 1
+
+
+def test_cuda_sources_without_nvcc_are_an_error_unless_they_are_left_out(fakes, capsys, monkeypatch):
+    if compile_gpu.find_nvcc():
+        assert compile_gpu.main(["--arch", "90", "--only", "source"]) == 1
+        assert re.search("^compile-gpu: source.cu on sm_90: .*error", capsys.readouterr().err, re.M)
+    monkeypatch.setattr(compile_gpu, "find_nvcc", lambda: None)
+    assert compile_gpu.main(["--arch", "90", "--only", "fine", "source"]) == 1 and fakes == [("fine", 90)]
+    assert "not compiled: source.cu" in capsys.readouterr().err
+    assert compile_gpu.main(["--only", "fine", "--no-cuda-sources"]) == 0
 
 
 def test_without_triton_kernels_import_and_a_launch_says_what_to_install():
