@@ -131,12 +131,12 @@ def compile_cuda(source: Path, arch: int) -> list[Compiled]:
 
 
 def what_failed(error: BaseException) -> str:
-    """One line: a compiler's first that says error, or its first. Triton wraps an error once per nested function."""
+    """One line: a compiler's first error, or what it says first. Triton wraps an error once per nested function."""
     while error.__cause__:
         error = error.__cause__
     said = str(getattr(error, "error_message", None) or getattr(error, "stderr", None) or error)
     lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if "error" in line.lower()), lines[0])
+    return next((line for line in lines if re.search(r"\b(error|fatal)\s*:", line)), lines[0])
 
 
 def chip(name: str) -> int:

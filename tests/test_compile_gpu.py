@@ -74,6 +74,12 @@ def test_a_kernel_that_does_not_compile_is_one_line_and_the_others_go_on(fakes, 
     assert compile_gpu.main(["--only", "fine"]) == 0
 
 
+def test_the_line_of_an_error_is_that_of_the_compiler():
+    said = "codegen error\n`ptxas` stderr:\nptxas /tmp/k.ptx, line 30; error   : Not a name\nRepro: ptxas\n"
+    assert compile_gpu.what_failed(RuntimeError(said)) == "ptxas /tmp/k.ptx, line 30; error   : Not a name"
+    assert compile_gpu.what_failed(AssertionError()) == "AssertionError"
+
+
 def test_a_label_that_nothing_begins_with_is_an_error(fakes, capsys):
     assert compile_gpu.main(["--only", "fine", "fime"]) == 1
     assert "--only has 'fime'" in capsys.readouterr().err and fakes == [("fine", 90)]
