@@ -246,7 +246,7 @@ def _encode(x, edges, first, negative, SHIFT: tl.constexpr, SIGNED: tl.constexpr
     return (tl.load(edges + bucket).to(tl.uint32, bitcast=True) + rest) >> 24
 
 
-@jit
+@jit(varies=("count",))
 def _adamw_8bit_kernel(
     table, starts, map1, edges1, map2, edges2, first1, negative1, first2, count,
     ALIGNED: tl.constexpr, SPAN: tl.constexpr, UNIT: tl.constexpr,
@@ -330,6 +330,8 @@ def _launch_triton(updates: Sequence[Update]) -> None:
     device = updates[0].param.device
     table = torch.frombuffer(rows + starts.tobytes(), dtype=torch.int64)
     if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():  # a replay would take addresses from whatever lies there by then
+            raise RuntimeError("adamw_8bit: a CUDA graph is being captured, which cannot hold the update; wants a call outside it")
         table = table.pin_memory().to(device, non_blocking=True)  # the host waits for nothing; torch keeps the pinned memory
     cut = len(updates) * COLUMNS
     first = _table(True).first, _table(True).negative, _table(False).first
@@ -391,7 +393,8 @@ def adamw_8bit_(updates: Sequence[Update], *, isa: str = "auto") -> None:
         updates: any number; tensors of any size (0 too), each with its own step and rates. `param` and `grad`: bf16 or fp32,
             of one shape and dtype, contiguous; `moments` as new_moments makes them. No two share memory; all on one device.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable"; the result is the same.
-    Raises: ValueError for a wrong shape, dtype, layout, device or isa; on CUDA ImportError without Triton.
+    Raises: ValueError for a wrong shape, dtype, layout, device or isa; on CUDA ImportError without Triton, and RuntimeError
+        where a CUDA graph is being captured.
     """
     check_isa("adamw_8bit", isa)
     for u in updates:

@@ -100,7 +100,7 @@ def _add_segment(acc, a, b, rows, cols, a_row, b_row, K, BLOCK_K: tl.constexpr, 
     return acc
 
 
-@jit
+@jit(varies=("M",))
 def _linear_kernel(
     x, w, s, t, scale, bias, y, M, N, K, R, x_row, w_row, s_row, t_row, y_row, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, HAS_TAIL: tl.constexpr,

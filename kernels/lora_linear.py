@@ -120,7 +120,7 @@ def lora_linear_ref(
 TRITON_ROWS = 1024
 
 
-@jit
+@jit(varies=("rows", "layer", "threshold"))
 def _masked_product_kernel(
     x, a, scale, out, seed_step, token_index, rows, cols, R, x_row, a_row, out_row, layer, threshold, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -144,7 +144,7 @@ def _masked_product_kernel(
     tl.store(out + row[:, None] * out_row + r[None, :], acc.to(out.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(varies=("rows", "layer", "threshold"))
 def _masked_gram_kernel(
     p, q, out, seed_step, token_index, rows, cols, R, p_row, q_row, layer, threshold, ACC: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -164,7 +164,7 @@ def _masked_gram_kernel(
     tl.store(out + at, acc, mask=(r[:, None] < R) & (col[None, :] < cols))
 
 
-@jit
+@jit(varies=("rows", "layer", "threshold"))
 def _masked_update_kernel(
     p, a, q, seed_step, token_index, rows, cols, R, p_row, a_row, q_row, layer, threshold, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ADD: tl.constexpr,
@@ -188,7 +188,7 @@ def _masked_update_kernel(
     tl.store(q, acc.to(q.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(varies=("rows",))
 def _column_dot_kernel(p, q, out, rows, cols, p_row, q_row, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
                        BLOCK_C: tl.constexpr):  # fmt: skip
     block, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -120,7 +120,8 @@ def _capped(z, cap, inverse):
     return tl.where(z < 0, -cap * tanh, cap * tanh)
 
 
-@jit
+# cols keeps its kernels: of a mask whose end is a multiple of 16 Triton makes loads of 16 bytes
+@jit(varies=("first_id",))
 def _stats_kernel(
     logits, labels, m, l, e, total, label, argmax, g, out, ld, ld_g, cols, width, first_id, softcap, STEP: tl.constexpr,
     CAPPED: tl.constexpr, ENTROPY: tl.constexpr, SUM: tl.constexpr, EXP: tl.constexpr,
@@ -143,11 +144,13 @@ def _stats_kernel(
         first = tl.min(tl.where(s == highest, at, STEP), axis=0)
         best = tl.where(highest > top, (first + j).to(tl.int64) + first_id, best)
         new = tl.maximum(top, highest)
-        scale = tl.exp(top - new)  # 0 in the first step
-        d = s - new
+        base = tl.where(new == -float("inf"), 0.0, new)  # so far every token is banned: -inf - -inf is NaN
+        scale = tl.exp(top - base)  # 0 in the first step
+        d = s - base
         p = tl.exp(d)
         if ENTROPY:  # sum of exp(s - m) (s - m), moved to the new m
-            ent = tl.where(sums > 0, (ent + sums * (top - new)) * scale, 0.0) + tl.sum(tl.where(inside, p * d, 0.0), axis=0)
+            moved = tl.where(sums > 0, (ent + sums * (top - base)) * scale, 0.0)
+            ent = moved + tl.sum(tl.where(s == -float("inf"), 0.0, p * d), axis=0)
         if SUM:
             tot += tl.sum(tl.where(inside, s, 0.0), axis=0)
         sums = sums * scale + tl.sum(p, axis=0)
@@ -168,7 +171,7 @@ def _stats_kernel(
             s = tl.load(logits + j + at, mask=inside, other=0.0)
             if CAPPED:
                 s = _capped(s, softcap, inverse)
-            p = tl.exp(s - top)
+            p = tl.exp(s - tl.where(top == -float("inf"), 0.0, top))
             if CAPPED:
                 p *= ((softcap - s) * inverse) * ((softcap + s) * inverse)
             tl.store(g + row * ld_g + j + at, tl.where(at == own - j, 0.0, p).to(g.dtype.element_ty), mask=inside)
@@ -180,7 +183,7 @@ def _stats_kernel(
                 tl.store(out + row * width + k + at, v * scale, mask=inside)
 
 
-@jit
+@jit(varies=("first_id",))
 def _grad_kernel(
     logits, labels, m, log_l, entropy, dlse, dlabel, dsum, dentropy, g, ld, ld_g, cols, first_id, softcap, STEP: tl.constexpr,
     CAPPED: tl.constexpr, ENTROPY: tl.constexpr, SUM: tl.constexpr,

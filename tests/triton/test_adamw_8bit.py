@@ -66,3 +66,11 @@ def test_errors(device):
     u = on(device, make(300))
     with pytest.raises(ValueError, match="adamw_8bit: step has 0"):
         adamw_8bit_([u._replace(step=0)])
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="CUDA graphs")
+def test_a_graph_that_would_replay_stale_addresses_is_refused(device):
+    updates = [on(device, make(1000, torch.float32, step=2, min_8bit=0))]
+    adamw_8bit_(updates)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="CUDA graph"):
+        adamw_8bit_(updates)

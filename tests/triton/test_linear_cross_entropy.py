@@ -67,6 +67,7 @@ def small_blocks(monkeypatch):
 )
 def test_values_and_gradients(options, mode, frozen, dtype, device, small_blocks):
     args = make(6, 33, 2100, dtype, device)
+    args[1][-5:] *= 5  # the maximum is in the second block: what the first has added to dx is scaled down
     with operators_take(dtype):
         ours = loss_and_gradients(linear_cross_entropy, *args, dtype, frozen, mode=mode, **options)
     plain, exact = (loss_and_gradients(reference, *args, cast, frozen, **options) for cast in (dtype, torch.float64))

@@ -59,6 +59,26 @@ def test_tokens_are_those_of_the_reference_and_of_the_cpu(vocab, dtype, device):
     assert torch.equal(got, ids)
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(2, 1.0), (3, 0.5)])
+def test_ties_at_the_cut(top_k, top_p, device):
+    """Of equal logits the lowest ids are kept, also below top-p what top-k has left."""
+    rows, vocab = 4, 5
+    z, one = torch.zeros(rows, vocab, device=device), torch.ones(rows, device=device)
+    seeds = torch.arange(rows, device=device)
+    ids = sample(z, one, torch.full_like(seeds, top_k, dtype=torch.int32), one * top_p, 0 * one, seeds, seeds)
+    assert set(ids.tolist()) == {0, 1}
+
+
+def test_top_p_of_0_is_the_most_likely_token(device):
+    """As on the CPU; the reference's rule, that fewer than p come before it, keeps nothing."""
+    z = torch.randn(2, 70, device=device)
+    z[1] = z[1].round()
+    one, rows = torch.ones(2, device=device), torch.arange(2, device=device)
+    ids = torch.empty(2, dtype=torch.int64, device=device)
+    sample_out(z, one, 0 * rows.int(), 0 * one, 0 * one, rows, rows, ids)
+    assert torch.equal(ids, z.argmax(-1))
+
+
 def test_a_row_depends_on_itself_alone(device):
     z, columns = mixed(12, 150, torch.float32)
     z, columns = z[5:9].to(device), [t[5:9].to(device) for t in columns]
@@ -99,6 +119,19 @@ def test_row_logprobs(dtype, device):
     z[1, 4] = torch.nan
     bad = row_logprobs(z, ids, 2)
     assert (bad.top_ids[1] == -1).all() and bad.top_logprobs[1].isnan().all() and torch.equal(bad.logprob[2:], got.logprob[2:])
+
+
+@DTYPES
+def test_row_logprobs_where_the_first_steps_are_banned(dtype, device):
+    """And where every token is: NaN, as of the CPU."""
+    z = torch.randn(3, 4500, device=device, dtype=dtype)
+    z[0, :4096], z[1, :2048], z[2] = -torch.inf, -torch.inf, -torch.inf
+    ids = torch.tensor([4499, 7, 1], device=device)
+    got, plain, exact = row_logprobs(z, ids, 2), row_logprobs_ref(z, ids, 2), row_logprobs_ref(z.double(), ids, 2)
+    assert got.logprob[1] == -torch.inf and got.logprob[2].isnan() and torch.equal(got.rank[:2], exact.rank[:2])
+    assert_accurate(got.logprob[:1], plain.logprob[:1], exact.logprob[:1])
+    assert_accurate(got.lse[:2], plain.lse[:2], exact.lse[:2])
+    assert_accurate(got.top_logprobs[:2], plain.top_logprobs[:2], exact.top_logprobs[:2])
 
 
 @DTYPES
