@@ -331,7 +331,7 @@ def _launch_triton(updates: Sequence[Update]) -> None:
     table = torch.frombuffer(rows + starts.tobytes(), dtype=torch.int64)
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():  # a replay would take addresses from whatever lies there by then
-            raise RuntimeError("adamw_8bit: a CUDA graph is being captured, which cannot hold the update; wants a call outside it")
+            raise RuntimeError("adamw_8bit: a CUDA graph is being captured, wants the update outside of it")
         table = table.pin_memory().to(device, non_blocking=True)  # the host waits for nothing; torch keeps the pinned memory
     cut = len(updates) * COLUMNS
     first = _table(True).first, _table(True).negative, _table(False).first

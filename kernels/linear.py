@@ -34,6 +34,7 @@ Not supported: fp16, an activation in the epilogue. An NF4 weight: kernels/nf4_l
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Sequence
@@ -77,10 +78,11 @@ class Product(NamedTuple):
 # --- Triton ------------------------------------------------------------------------------------------------------
 #
 # numerics="invariant". One accumulator per element walks K from its beginning to its end, then the tail; nothing is split.
-# Two tiles of bf16: up to 64 rows (decoding, bound by W) 64 x 32, so that 4096 columns are 128 programs; above, 128 x 256. Both
-# issue the same instruction along K (Hopper: wgmma m64nNk16 per warp group; Ampere: mma m16n8k16), so the tile is not in the
-# sums: tests/triton/test_linear.py says so of the device. Scale and bias round apart (fuse=False), as they do where an op
-# applies them. Sizes are from registers and shared memory (`make compile-gpu`); no GPU has measured them.
+# Two tiles of bf16: up to 64 rows (decoding, bound by W) 64 x 32, so that 4096 columns are 128 programs; above, 128 x 256, or
+# less where `_tile` says so. All issue the same instruction along K (Hopper: wgmma m64nNk16 per warp group; Ampere: mma
+# m16n8k16), so the tile is not in the sums: tests/triton/test_linear.py says so of the device. Scale and bias round apart
+# (fuse=False), as they do where an op applies them. Sizes are from registers and shared memory (`make compile-gpu`); no GPU
+# has measured them.
 
 # Up to so many rows a product with a tail is one launch of this in "auto" too: a decoder's step is bound by W and by launches,
 # of which torch needs two or three (2 us each, 7 us to read 4096 x 4096; reasoned, not measured).
@@ -126,13 +128,16 @@ def _linear_kernel(
     tl.store(y + row[:, None] * y_row + col[None, :], acc.to(y.dtype.element_ty), mask=inside)
 
 
-def _tile(rows: int, dtype: torch.dtype, epilogue: bool) -> dict[str, Any]:
+def _tile(rows: int, dtype: torch.dtype, epilogue: bool, aligned: bool = True, shared: int = 1 << 18) -> dict[str, Any]:
+    """aligned: K and the row strides of x and W are multiples of 16. shared: bytes of shared memory that a program may have."""
     if dtype in (torch.float32, torch.float64):  # no tensor core: the accumulators' registers bound the tile
         return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 16, "GROUP": 8, "num_warps": 4, "STAGES": 3}
     if rows <= SMALL_ROWS:
         return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "GROUP": 1, "num_warps": 4, "STAGES": 5}
-    wide = 128 if epilogue else 256  # 256 columns and their scale and bias are more than 255 registers
-    return {"BLOCK_M": 128, "BLOCK_N": wide, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "STAGES": 3}
+    # 256 columns and their scale and bias are more than 255 registers, as are the addresses of loads of single elements; 144
+    # KiB of shared memory are more than the 99 KiB of compute capability 8.6, 8.9 and 12
+    high, wide = (128, 128 if epilogue or shared < 160 << 10 else 256) if aligned else (64, 64 if epilogue else 128)
+    return {"BLOCK_M": high, "BLOCK_N": wide, "BLOCK_K": 64, "GROUP": 8, "num_warps": 8, "STAGES": 3}
 
 
 _SIZES = "i32 i32:16 i32:16 i32:16 i32:16 i32:16 i32:16 i32:16 i32:16"
@@ -147,14 +152,33 @@ ship(
     HAS_SCALE=False, HAS_BIAS=False, fuse=False, **_tile(4096, torch.bfloat16, False),
 )  # fmt: skip
 ship(
+    "linear bf16 M=4096 tail r=8", _linear_kernel,
+    "*bf16 *bf16 *bf16 *bf16 *fp32 *bf16 *bf16 i32 i32:16 i32:16 i32 i32:16 i32:16 i32 i32 i32:16", ACC=tl.float32,
+    HAS_TAIL=True, HAS_SCALE=True, HAS_BIAS=True, fuse=False, **_tile(4096, torch.bfloat16, True),
+)  # fmt: skip
+for _has in (False, True):
+    ship(
+        f"linear bf16 M=4096 unaligned{' tail scale bias' if _has else ''}", _linear_kernel,
+        "*bf16 *bf16 *bf16 *bf16 *fp32 *bf16 *bf16 i32 i32 i32 i32 i32 i32 i32 i32 i32", ACC=tl.float32, HAS_TAIL=_has,
+        HAS_SCALE=_has, HAS_BIAS=_has, fuse=False, **_tile(4096, torch.bfloat16, _has, aligned=False),
+    )  # fmt: skip
+ship(
     "linear fp32", _linear_kernel, f"*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 {_SIZES}", ACC=tl.float32, HAS_TAIL=True,
     HAS_SCALE=True, HAS_BIAS=True, fuse=False, **_tile(1, torch.float32, True),
 )  # fmt: skip
 
 
+@functools.cache
+def _shared(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 1 << 18
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+
+
 def _invariant(x: torch.Tensor, p: Product) -> None:
     (M, K), N, (s, t) = x.shape, p.weight.shape[0], p.tail or (x, p.weight)
-    tile = _tile(M, x.dtype, any(e is not None for e in (p.tail, p.scale, p.bias)))
+    aligned = not any(n % 16 for n in (K, x.stride(0), p.weight.stride(0)))
+    tile = _tile(M, x.dtype, any(e is not None for e in (p.tail, p.scale, p.bias)), aligned, _shared(x.device))
     launch(
         _linear_kernel, (-(-M // tile["BLOCK_M"]) * -(-N // tile["BLOCK_N"]),), x, p.weight, s, t,
         x if p.scale is None else p.scale, x if p.bias is None else p.bias, p.y, M, N, K, s.shape[1], x.stride(0),

@@ -238,7 +238,8 @@ def _sample_cut_kernel(
         b = tl.arange(0, 1024)
         per_bucket = tl.load(mass + row * 1024 + b)
         if WEIGHTED:
-            goal = tl.maximum(goal * tl.sum(per_bucket, axis=0).to(tl.float64), 1.0)  # p = 0 keeps the first, whose weight is 2^44
+            # p = 0 keeps the first token, whose weight is 2^44
+            goal = tl.maximum(goal * tl.sum(per_bucket, axis=0).to(tl.float64), 1.0)
         up_to = tl.cumsum(per_bucket, axis=0)
         bucket = tl.minimum(tl.sum((up_to.to(tl.float64) < goal).to(tl.int32), axis=0), 1023)
         before = tl.sum(tl.where(b < bucket, per_bucket, 0), axis=0)
