@@ -7,12 +7,16 @@ import torch
 from swiftk.kernels._native import DTYPE_CODES, ISAS
 
 
+def check_tensor(op: str, name: str, x: object) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{op}: {name} has type {type(x).__name__}, wants a torch.Tensor")
+
+
 def check_floating(op: str, **tensors: torch.Tensor) -> None:
     """All of one supported dtype (bf16, fp32, fp64) and on one device."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"{op}: {name} has type {type(tensor).__name__}, wants a torch.Tensor")
+        check_tensor(op, name, tensor)
         if tensor.dtype not in DTYPE_CODES:
             raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, wants torch.bfloat16, torch.float32 or torch.float64")
         if tensor.dtype != first.dtype:
@@ -23,6 +27,7 @@ def check_floating(op: str, **tensors: torch.Tensor) -> None:
 
 def check_shape(op: str, name: str, tensor: torch.Tensor, want: tuple[int, ...], why: str) -> None:
     """`why` names the argument the wanted shape comes from, e.g. "x (2, 4)"."""
+    check_tensor(op, name, tensor)
     if tuple(tensor.shape) != tuple(want):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, {why} needs {tuple(want)}")
 

@@ -29,6 +29,7 @@ from swiftk.kernels._triton import jit, launch, next_power_of_2, ship, tl, tl_ac
 LOG2E = 1.4426950408889634
 DELTA_ROWS = 32  # rows per program of D, and per partial sum of dsinks
 WIDEST = (1 << 31) - 1  # a window that ends nowhere
+_VARIES = ("total_q", "total_k", "documents", "tiles")
 
 
 # --- where a program works ---------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def _fwd_tiles(
     return acc0, acc1, m, l
 
 
-@jit
+@jit(varies=_VARIES)
 def _varlen_fwd_kernel(
     out, lse, q, k, v, sinks, cu, table, k_head, v_head, total_q, total_k, documents, tiles, heads, left, right, scale, softcap,
     factor, GROUP: tl.constexpr, STEPS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DIM: tl.constexpr,
@@ -242,6 +243,7 @@ def _varlen_fwd_kernel(
     by = 1.0 / tl.where(none, 1.0, l)
     if HAS_SINKS:
         sink = tl.load(sinks + head) * 1.4426950408889634
+        sink = tl.where(sink > 3e38, 3e38, sink)  # an infinite one takes everything; NaN stays
         top = tl.maximum(m, sink)
         by = tl.exp2(m - top) / tl.where(none, 1.0, l * tl.exp2(m - top) + tl.exp2(sink - top))
     by = tl.where(none, 0.0, by)
@@ -254,7 +256,7 @@ def _varlen_fwd_kernel(
 # --- backward ----------------------------------------------------------------------------------------------------
 
 
-@jit
+@jit(varies=_VARIES)
 def _varlen_delta_kernel(
     state, dsinks, dout, out, lse, dlse, sinks, cu, table, dout_token, dout_head, total_q, total_k, documents, tiles, heads,
     dim, GROUP: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SEGMENTS: tl.constexpr,
@@ -353,7 +355,7 @@ def _dq_tiles(
     return dq0, dq1
 
 
-@jit
+@jit(varies=_VARIES)
 def _varlen_dq_kernel(
     dq, dout, q, k, v, state, cu, table, k_head, v_head, total_q, total_k, documents, tiles, heads, left, right, scale, softcap,
     factor, GROUP: tl.constexpr, STEPS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DIM: tl.constexpr,
@@ -504,7 +506,7 @@ def _dkv_segment(
     )  # fmt: skip
 
 
-@jit
+@jit(varies=_VARIES)
 def _varlen_dkv_kernel(
     dk, dv, dout, q, k, v, state, cu, table, k_head, v_head, total_q, total_k, documents, tiles, heads, kv_heads, left, right,
     scale, softcap, factor, GROUP: tl.constexpr, STEPS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, DIM: tl.constexpr,
@@ -608,7 +610,9 @@ def split(head_dim: int) -> dict[str, Any]:
 
 @functools.cache
 def _arch(device: torch.device) -> int:
-    return 80 if device.type == "cpu" else min(100, torch.cuda.get_device_capability(device)[0] * 10)
+    """80, 90 or 100, whose blocks fit the chip: one of compute capability 12 has 99 KiB of shared memory, and 80's need 82."""
+    major = 8 if device.type == "cpu" else torch.cuda.get_device_capability(device)[0]
+    return 80 if major >= 12 else min(100, major * 10)
 
 
 def _steps(documents: int) -> int:

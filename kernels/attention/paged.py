@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from swiftk.kernels._checks import check_floating, check_shape
+from swiftk.kernels._checks import check_floating, check_shape, check_tensor
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import jit, launch, next_power_of_2, on_gpu, ship, tl, tl_acc
 from swiftk.kernels.attention.varlen import _address, _check, _check_int32, _rows, _strides, _window, varlen_attention_ref
@@ -160,7 +160,7 @@ def _finish(top, total, acc, sinks, out, lse, out_at, lse_at, head, rows, cols, 
         tl.store(lse + lse_at, log_sum * 0.6931471805599453, mask=rows)
 
 
-@jit
+@jit(varies=("total_q", "batch", "max_blocks", "blocks", "table_row", "left", "splits"))
 def _paged_kernel(
     q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens, sinks, out, lse, partial, stats,
     total_q, batch, max_blocks, blocks, q_token, q_head, k_block, k_token, k_head, v_block, v_token, v_head, table_row,
@@ -171,7 +171,7 @@ def _paged_kernel(
 ):  # fmt: skip
     TOKENS: tl.constexpr = ROWS // GROUP
     tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)  # a cache with its heads outside of its blocks is past 2^31 elements
     i = _sequence_of(cu_seqlens, batch, tile, TOKENS, 1)
     q_begin = tl.load(cu_seqlens + i)
     q_end = tl.load(cu_seqlens + i + 1)
@@ -185,6 +185,8 @@ def _paged_kernel(
         head = kv_head * GROUP + row % GROUP
         k_len = tl.load(cache_seqlens + i)
         tl.device_assert(k_len <= max_blocks * BLOCK_SIZE, "paged_attention: cache_seqlens is beyond the block table")
+        of_keys = (k_len >= q_end - q_begin) | (k_len == 0)
+        tl.device_assert(of_keys, "paged_attention: cu_seqlens_q has more tokens than cache_seqlens")
         k_len = tl.minimum(k_len, max_blocks * BLOCK_SIZE)
         position = k_len - q_end + token
         first = tl.maximum(position - left, 0)
@@ -225,7 +227,7 @@ def _paged_kernel(
                 tl.store(partial + at[:, None] * DIM + d[None, :], acc, mask=rows[:, None] & (d < DIM)[None, :])
 
 
-@jit
+@jit(varies=("total_q", "batch", "max_len", "left", "splits"))
 def _merge_kernel(
     partial, stats, cache_seqlens, cu_seqlens, sinks, out, lse, total_q, batch, max_len, out_token, left, splits,
     HEADS: tl.constexpr, DIM: tl.constexpr, HAS_SINKS: tl.constexpr, HAS_LSE: tl.constexpr, ACC: tl.constexpr,
@@ -261,7 +263,7 @@ def _store_kv_kernel(
     slot = tl.load(slots + token)
     tl.device_assert((slot >= -1) & (slot < slots_in_cache), "store_kv_: slot_mapping is out of range")
     if (slot >= 0) & (slot < slots_in_cache):
-        h, d = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None, :]
+        h, d = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, WIDTH)[None, :]
         inside = (h < heads) & (d < dim)
         block, place = slot // BLOCK_SIZE, slot % BLOCK_SIZE
         x = tl.load(k + token * k_token + h * k_head + d, mask=inside, other=0.0)
@@ -275,6 +277,8 @@ def _paged_triton(
 ) -> None:  # fmt: skip
     total_q, heads, dim = q.shape
     kv_heads, batch, max_blocks, size = k_cache.shape[2], cache_seqlens.numel(), block_table.shape[1], k_cache.shape[1]
+    if batch == 0:
+        return  # tokens of no sequence
     group = heads // kv_heads
     tile = _tile(group, dim, q.element_size(), total_q, batch, numerics)
     tiles = total_q // (tile["ROWS"] // group) + batch
@@ -286,7 +290,7 @@ def _paged_triton(
     if not walk:
         partial = torch.empty(total_q, heads, splits, dim, dtype=acc, device=q.device)
         stats = torch.empty(total_q, heads, splits, 2, dtype=acc, device=q.device)
-    left = (1 << 31) - 1 if left < 0 else min(left, (1 << 31) - 1)
+    left = max_blocks * size if left < 0 else min(left, max_blocks * size)  # all there is: position - left stays an int32
     common: dict[str, Any] = dict(DIM=dim, HAS_SINKS=sinks is not None, HAS_LSE=lse is not None, ACC=tl_acc(q.dtype))
     sinks, lse = out if sinks is None else sinks, out if lse is None else lse
     launch(
@@ -303,7 +307,8 @@ def _paged_triton(
         )  # fmt: skip
 
 
-_CACHE = "*bf16 *bf16 *bf16 *i32 *i32 *i32 *fp32 *bf16 *fp32 *fp32 *fp32 i32 i32 i32 i32" + 10 * " i32:16" + " i32 i32"
+_CACHE = "*bf16 *bf16 *bf16 *i32 *i32 *i32 *fp32 *bf16 *fp32 *fp32 *fp32 i32 i32 i32 i32" + 8 * " i32:16"
+_CACHE += " i32 i32:16 i32 i32"  # strides of the table and of out, left, splits
 _LLAMA: dict[str, Any] = dict(
     SCALE=128**-0.5, SOFTCAP=0.0, HEADS=32, GROUP=4, DIM=128, BLOCK_SIZE=32, HAS_SINKS=False, HAS_LSE=False, ACC=tl.float32
 )
@@ -314,7 +319,7 @@ for _name, _shape, _tokens in (("llama", _LLAMA, 1), ("llama", _LLAMA, 64), ("ge
         _label = f"paged {'walk' if _walk else 'split'} {_tiled['ROWS']} rows bf16 {_name}"
         ship(_label, _paged_kernel, _CACHE, WALK=_walk, fuse=False, **_tiled, **_shape)
 ship(
-    "paged merge 128", _merge_kernel, "*fp32 *fp32 *i32 *i32 *fp32 *bf16 *fp32 i32 i32 i32:16 i32:16 i32 i32",
+    "paged merge 128", _merge_kernel, "*fp32 *fp32 *i32 *i32 *fp32 *bf16 *fp32 i32 i32 i32 i32:16 i32 i32",
     HEADS=32, DIM=128, HAS_SINKS=False, HAS_LSE=False, ACC=tl.float32, WIDTH=128, SPLIT=SPLIT, fuse=False, num_warps=1,
 )  # fmt: skip
 ship(
@@ -469,15 +474,15 @@ def paged_attention(
         raise ValueError(f"{op}: q has dtype torch.float64, wants torch.bfloat16 or torch.float32 on CUDA; move it to the CPU")
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k_cache, v_cache, sinks)):
         raise ValueError(f"{op}: q, k_cache, v_cache or sinks has requires_grad, wants torch.no_grad(); use varlen_attention")
-    _check_int32(op, "block_table", block_table, q, "(batch, max_blocks)", block_table.dim() == 2)
+    _check_int32(op, "block_table", block_table, q, "(batch, max_blocks)", lambda shape: len(shape) == 2)
     batch = block_table.shape[0]
     rows = f"block_table has {batch} rows"
-    _check_int32(op, "cache_seqlens", cache_seqlens, q, f"({batch},): {rows}", cache_seqlens.shape == (batch,))
+    _check_int32(op, "cache_seqlens", cache_seqlens, q, f"({batch},): {rows}", lambda shape: shape == (batch,))
     if cu_seqlens_q is None:
         if q.shape[0] != batch:
             raise ValueError(f"{op}: q has {q.shape[0]} tokens, wants {batch}, one per row of block_table, or cu_seqlens_q")
         cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-    _check_int32(op, "cu_seqlens_q", cu_seqlens_q, q, f"({batch + 1},): {rows}", cu_seqlens_q.shape == (batch + 1,))
+    _check_int32(op, "cu_seqlens_q", cu_seqlens_q, q, f"({batch + 1},): {rows}", lambda shape: shape == (batch + 1,))
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     left, right = _window(True, window_size)
     out, lse = torch.ops.swiftk.paged_attention(
@@ -504,6 +509,7 @@ def store_kv_(
         raise ValueError(f"{op}: k has shape {tuple(k.shape)}, wants (tokens, kv_heads, head_dim)")
     check_shape(op, "v", v, tuple(k.shape), f"k {tuple(k.shape)}")
     _check_cache(op, k_cache, v_cache, k.shape[1], k.shape[2], f"k {tuple(k.shape)}")
+    check_tensor(op, "slot_mapping", slot_mapping)
     if slot_mapping.dtype != torch.int64 or slot_mapping.device != k.device:
         have = f"{slot_mapping.dtype} on {slot_mapping.device}"
         raise ValueError(f"{op}: slot_mapping has {have}, wants torch.int64 on {k.device}")

@@ -20,10 +20,11 @@ Not supported: dropout, ALiBi or another bias, head_dim of v unlike that of k, f
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
-from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
+from swiftk.kernels._checks import check_floating, check_isa, check_shape, check_tensor, refuse_double_backward
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import on_gpu, register_cuda
 from swiftk.kernels.attention._foreign import BACKENDS, foreign_attention
@@ -255,12 +256,14 @@ def _check(op: str, q, k, v, window_size, softcap: float, sinks, isa: str) -> No
             raise ValueError(f"{op}: sinks has {sinks.dtype} on {sinks.device}, wants {wants}")
 
 
-def _check_int32(op: str, name: str, tensor: torch.Tensor, q: torch.Tensor, shape: str, fits: bool) -> None:
+def _check_int32(op: str, name: str, tensor: torch.Tensor, q: torch.Tensor, shape: str, fits: Callable[..., bool]) -> None:
+    """fits: whether a shape is `shape`."""
+    check_tensor(op, name, tensor)
     if tensor.dtype != torch.int32:
         raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, wants torch.int32 ({name}.int())")
     if tensor.device != q.device:
         raise ValueError(f"{op}: {name} has device {tensor.device}, wants {q.device} like q")
-    if not fits:
+    if not fits(tuple(tensor.shape)):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, wants {shape}")
 
 
@@ -272,7 +275,7 @@ def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check_segments(op: str, segments: torch.Tensor, q: torch.Tensor) -> None:
-    _check_int32(op, "segments", segments, q, "(S, 6)", segments.dim() == 2 and segments.shape[1] == 6)
+    _check_int32(op, "segments", segments, q, "(S, 6)", lambda shape: len(shape) == 2 and shape[1] == 6)
 
 
 def _check_state(op: str, q: torch.Tensor, **tensors: tuple[torch.Tensor, tuple[int, ...]]) -> None:
@@ -318,7 +321,7 @@ def varlen_attention(
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        _check_int32(op, name, cu, q, "(documents + 1,)", cu.dim() == 1 and cu.numel() >= 1)
+        _check_int32(op, name, cu, q, "(documents + 1,)", lambda shape: len(shape) == 1 and shape[0] >= 1)
     check_shape(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), f"cu_seqlens_q {tuple(cu_seqlens_q.shape)}")
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     if backend != "swiftk":

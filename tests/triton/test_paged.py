@@ -104,6 +104,19 @@ def test_more_sequences_than_are_looked_at_at_once(device):
     assert_accurate(got, paged_attention_ref(q, *cache, cu_q, **options)[0], exact)
 
 
+def test_more_queries_than_keys_and_no_sequences(device):
+    """The first queries see nothing (on the CPU an error); with no sequence no query does."""
+    q, cache, _, options = on(device, ([3, 5], [40, 3], 2, 1, 16, 16, (-1, -1), 0.0, True), torch.float32)
+    options["numerics"] = "invariant"
+    with dots_like_a_gpus():
+        out, lse = paged_attention(q, *cache, offsets([3, 5]).to(device), return_lse=True, **options)
+        fit = paged_attention(q[[0, 1, 2, 5, 6, 7]], *cache, offsets([3, 3]).to(device), **options)
+    assert torch.equal(out[[0, 1, 2, 5, 6, 7]], fit)
+    assert (out[3:5] == 0).all() and (lse[:, 3:5] == EMPTY).all()
+    out, lse = paged_attention(q, *cache[:2], cache[2][:0], cache[3][:0], offsets([]).to(device), return_lse=True)
+    assert (out == 0).all() and (lse == EMPTY).all()
+
+
 def test_strides(device):
     """q as a slice of a fused projection, a cache with its heads outside of its tokens, out inside of a wider buffer."""
     _, cache, cu_q, _ = on(device, ([1, 5], [10, 20], 4, 2, 24, 16, (-1, -1), 0.0, False), torch.float32)

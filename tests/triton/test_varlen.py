@@ -3,12 +3,14 @@ direction; on a GPU in the shipped blocks too."""
 
 from __future__ import annotations
 
+import bisect
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
+from swiftk.kernels._triton import jit, launch, tl
 from swiftk.kernels.attention import _varlen_triton, segment_attention, segment_attention_backward, varlen_attention
 from swiftk.kernels.attention.varlen import attention_backward_out, attention_out, varlen_attention_ref
 from swiftk.testing.accuracy import assert_accurate, error
@@ -23,6 +25,7 @@ CASES = [
     ([1, 18], [40, 20], 2, 1, 16, False, (5, 9), 0.0, True, 1),
     ([3, 0], [0, 7], 2, 1, 8, False, (-1, -1), 0.0, True, 0),
     ([17], [9], 3, 3, 16, True, (-1, -1), 0.0, False, 0),
+    ([60], [60], 2, 1, 16, True, (40, -1), 0.0, False, 0),  # whole tiles within a left window, and cut by it
 ]
 LONG = [
     ([9, 0, 20], [0, 7, 50], 4, 1, 64, False, (-1, -1), 0.0, True, 0),
@@ -163,6 +166,30 @@ def test_strided_inputs_no_tokens_no_documents(device):
     assert ours(q[:0], k[:0], v[:0], offsets([0], device))[0].shape == (0, 4, 16)
 
 
+@jit
+def _found(document, block, cu, tiles, documents, GROUP: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    i = tl.program_id(0)
+    of, at = _varlen_triton._find(cu, tl.load(tiles + i), documents, GROUP, BLOCK, STEPS)
+    tl.store(document + i, of)
+    tl.store(block + i, at)
+
+
+@pytest.mark.parametrize("documents", [1, 127, 128, 16383, 16384, 20000])
+def test_the_document_of_a_block(documents, device):
+    """One, two and three rounds of the search, against bisection."""
+    group, block = 3, 32
+    cu = offsets(torch.randint(0, 30, (documents,)).tolist(), device)
+    first = [n * group // block + i for i, n in enumerate(cu.tolist())]
+    tiles = [first[i] + d for i in (0, 1, documents // 2, documents - 1, documents) for d in (-1, 0, 1) if first[i] + d >= 0]
+    got = torch.full((2, len(tiles)), -1, dtype=torch.int32, device=device)
+    launch(
+        _found, (len(tiles),), *got, cu, torch.tensor(tiles, dtype=torch.int32, device=device), documents, GROUP=group,
+        BLOCK=block, STEPS=_varlen_triton._steps(documents),
+    )  # fmt: skip
+    want = [bisect.bisect_right(first, tile) - 1 for tile in tiles]
+    assert got.tolist() == [want, [tile - first[i] for tile, i in zip(tiles, want, strict=True)]]
+
+
 def test_many_documents(device):
     """More than one step of the search for a block's document."""
     lens = [3, *[0] * 126, 2, 0, 4]
@@ -172,6 +199,18 @@ def test_many_documents(device):
         varlen_attention(q, k, v, cu, causal=True), varlen_attention_ref(q, k, v, cu, causal=True)[0],
         varlen_attention_ref(q.double(), k.double(), v.double(), cu, causal=True)[0],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("sink", [float("inf"), 3e38])
+def test_an_infinite_sink_takes_everything(sink, device):
+    leaves = [torch.randn(9, 2, 16, device=device).requires_grad_() for _ in range(3)]
+    sinks = torch.tensor([sink, EMPTY], device=device)
+    out, lse = ours(*leaves, offsets([9], device), causal=True, sinks=sinks)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    plain = ours(*leaves, offsets([9], device), causal=True)
+    assert (out[:, 0] == 0).all() and all((g[:, 0] == 0).all() for g in grads)
+    assert torch.equal(lse, plain[1])
+    assert (out[:, 1] - plain[0][:, 1]).abs().max() < 1e-6 and not any(g.isnan().any() for g in grads)
 
 
 def test_bad_offsets_stay_inside_the_tensors(device):
