@@ -574,8 +574,8 @@ def blocks(kernel: str, head_dim: int, dtype: torch.dtype, arch: int, segments: 
     whose products Hopper's wgmma can take: 64 rows a warp group (keys, in dkv), P and dS from registers. A query's bits depend
     on the forward's BLOCK_N, which is the same for documents and segments.
     """
-    if dtype in (torch.float32, torch.float64):  # no tensor cores: each thread sums its own elements
-        at = (32, 32, 4, 1) if head_dim <= 128 else (16, 16, 4, 1)
+    if dtype in (torch.float32, torch.float64):  # no tensor cores: each thread sums its own elements, and at 128 32 x 32 spill
+        at = (32, 32, 4, 1) if head_dim <= 64 else (16, 16, 4, 1)
     else:
         width = next(i for i, most in enumerate((64, 128, 256, 512)) if head_dim <= most)
         if arch == 80:
@@ -709,36 +709,43 @@ _SIZES = "i32:16 i32:16 i32 i32 i32 i32 i32"  # strides of KV heads, total_q, to
 _SCALARS = "i32 i32:16 fp32 fp32 fp32"
 
 
-def _ship(arch: int, dim: int, name: str, **changes: Any) -> None:
+def _ship(arch: int, dim: int, name: str, dtype: torch.dtype = torch.bfloat16, dq_spills: int = 0, **changes: Any) -> None:
     """Causal attention of 8 heads a group, with changes."""
     constants = dict(
         GROUP=8, STEPS=1, SEGMENTS=False, HAS_LEFT=False, HAS_SINKS=False, SCALE_FIRST=False, SOFTCAP=False, ACC=tl.float32,
         Q_TOKEN=64 * dim, Q_HEAD=dim, K_TOKEN=8 * dim, V_TOKEN=8 * dim, **split(dim),
     ) | changes  # fmt: skip
     segments = constants["SEGMENTS"]
-    of = {kernel: blocks(kernel, dim, torch.bfloat16, arch, segments) | constants for kernel in ("fwd", "dq", "dkv")}
-    state = "*fp32" if segments else "*bf16"
-    label = f"bf16 d{dim}{name} for sm_{arch}"
+    of = {kernel: blocks(kernel, dim, dtype, arch, segments) | constants for kernel in ("fwd", "dq", "dkv")}
+    short = "fp32" if dtype == torch.float32 else "bf16"
+    x, state = f"*{short}", "*fp32" if segments else f"*{short}"
+    label = f"{short} d{dim}{name} for sm_{arch}"
     ship(
-        f"varlen_fwd {label}", _varlen_fwd_kernel, f"{state} *fp32 *bf16 *bf16 *bf16 *fp32 {_WHERE} {_SIZES} {_SCALARS}",
+        f"varlen_fwd {label}", _varlen_fwd_kernel, f"{state} *fp32 {x} {x} {x} *fp32 {_WHERE} {_SIZES} {_SCALARS}",
         fuse=False, archs=(arch,), RESUME=segments, **of["fwd"],
     )  # fmt: skip
     ship(
         f"varlen_dq {label}", _varlen_dq_kernel,
-        f"{state} *bf16 *bf16 *bf16 *bf16 *fp32 {_WHERE} {_SIZES} {_SCALARS}", fuse=False,
-        archs=(arch,), G_TOKEN=64 * dim, G_HEAD=dim, **of["dq"],
+        f"{state} {x} {x} {x} {x} *fp32 {_WHERE} {_SIZES} {_SCALARS}", fuse=False,
+        archs=(arch,), spills=dq_spills, G_TOKEN=64 * dim, G_HEAD=dim, **of["dq"],
     )  # fmt: skip
     ship(
         f"varlen_dkv {label}", _varlen_dkv_kernel,
-        f"{state} {state} *bf16 *bf16 *bf16 *bf16 *fp32 {_WHERE} {_SIZES} i32 {_SCALARS}", fuse=False,
+        f"{state} {state} {x} {x} {x} {x} *fp32 {_WHERE} {_SIZES} i32 {_SCALARS}", fuse=False,
         archs=(arch,), G_TOKEN=64 * dim, G_HEAD=dim, **of["dkv"],
     )  # fmt: skip
 
 
 for _arch_of in (80, 90, 100):
-    for _dim in (64, 128, 256, 512):
+    for _dim in (64, 128, 256):
         _ship(_arch_of, _dim, "")
     _ship(_arch_of, 128, " segments", SEGMENTS=True, HAS_LEFT=True)
+    _ship(_arch_of, 64, " left sinks", HAS_LEFT=True, HAS_SINKS=True)
+    _softcap: dict[str, Any] = dict(HAS_LEFT=True, SOFTCAP=True, SCALE_FIRST=True, GROUP=2, Q_TOKEN=16 * 256)
+    _ship(_arch_of, 256, " left softcap", dq_spills=8 if _arch_of == 100 else 0, **_softcap)  # one register, there
+_ship(80, 512, "")  # its blocks are everyone's, as those of fp32 are
+for _dim in (64, 128):
+    _ship(90, _dim, "", torch.float32)
 for _width in (64, 128):
     ship(
         f"varlen_delta bf16 d{_width}", _varlen_delta_kernel,
