@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+from typing import Any
+
 import torch
 
 from swiftk.kernels._native import DTYPE_CODES, ISAS
@@ -35,6 +39,27 @@ def check_shape(op: str, name: str, tensor: torch.Tensor, want: tuple[int, ...],
 def check_isa(op: str, isa: str) -> None:
     if isa not in ISAS:
         raise ValueError(f"{op}: isa has {isa!r}, wants one of {', '.join(ISAS)}")
+
+
+def transformer_engine(op: str, name: str, x: torch.Tensor, since: str, *signatures: tuple[str, ...]) -> Any:
+    """The class `name` of transformer_engine.pytorch, whose __init__ has the arguments of one of `signatures`, the first
+    named in the error. Checked are x's device, then the package, then the signature."""
+    if not x.is_cuda:
+        raise ValueError(f"{op}: x has device {x.device}, backend 'transformer_engine' wants a CUDA device")
+    try:
+        module = getattr(importlib.import_module("transformer_engine.pytorch"), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"{op}: backend has 'transformer_engine', which cannot be imported ({error}); "
+            "pip install transformer-engine[pytorch], or leave out backend"
+        ) from error
+    known = inspect.signature(module.__init__).parameters
+    if not any(set(wanted) <= known.keys() for wanted in signatures):
+        raise ImportError(
+            f"{op}: the installed transformer_engine's {name} takes {', '.join(known)}, wants {', '.join(signatures[0])} "
+            f"among them ({since} or later); leave out backend"
+        )
+    return module
 
 
 def refuse_double_backward(op: str, operator: str, reference: str | None = None) -> None:

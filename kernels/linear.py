@@ -35,14 +35,13 @@ Not supported: fp16, an activation in the epilogue. An NF4 weight: kernels/nf4_l
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from swiftk.kernels._checks import check_floating, check_isa, check_shape
+from swiftk.kernels._checks import check_floating, check_isa, check_shape, transformer_engine
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import jit, launch, on_gpu, ship, tl, tl_acc
 
@@ -344,21 +343,8 @@ torch.library.register_autograd("swiftk::linear_fwd", _backward, setup_context=_
 
 def _transformer_engine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """NVIDIA's module around our weight; a module of its own for each call, since its backward reads the weight from it."""
-    try:
-        from transformer_engine.pytorch import Linear
-    except ImportError as error:
-        raise ImportError(
-            f"linear: backend has 'transformer_engine', which cannot be imported ({error}); "
-            "pip install transformer-engine[pytorch], or leave out backend"
-        ) from error
-    known = inspect.signature(Linear.__init__).parameters
-    if not {"in_features", "out_features", "bias", "params_dtype", "device"} <= known.keys():
-        raise ImportError(
-            f"linear: the installed transformer_engine's Linear takes {', '.join(known)}, wants in_features, out_features, "
-            "bias, params_dtype and device among them (1.0 or later); leave out backend"
-        )
-    if not x.is_cuda:
-        raise ValueError(f"linear: x has device {x.device}, backend 'transformer_engine' wants a CUDA device")
+    wanted = ("in_features", "out_features", "bias", "params_dtype", "device")
+    Linear = transformer_engine("linear", "Linear", x, "1.0", wanted)
     N, K = weight.shape
     module = Linear(in_features=K, out_features=N, bias=bias is not None, params_dtype=weight.dtype, device="meta")
     module._parameters["weight"] = weight

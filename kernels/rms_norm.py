@@ -9,12 +9,11 @@ Not supported: an added bias, a weight offset (Gemma's 1 + w: add it before the 
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 
-from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
+from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward, transformer_engine
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import jit, launch, next_power_of_2, on_gpu, register_cuda, ship, tl, tl_acc
 
@@ -202,21 +201,7 @@ refuse_double_backward("rms_norm", "swiftk::rms_norm_bwd")
 
 def _transformer_engine(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """NVIDIA's module around our weight; a module of its own for each call, since its backward reads the weight from it."""
-    try:
-        from transformer_engine.pytorch import RMSNorm
-    except ImportError as error:
-        raise ImportError(
-            f"rms_norm: backend has 'transformer_engine', which cannot be imported ({error}); "
-            "pip install transformer-engine[pytorch], or leave out backend"
-        ) from error
-    known = inspect.signature(RMSNorm.__init__).parameters
-    if not ({"eps", "device", "dtype"} <= known.keys() or {"eps", "kwargs"} <= known.keys()):
-        raise ImportError(
-            f"rms_norm: the installed transformer_engine's RMSNorm takes {', '.join(known)}, wants eps, device and dtype among "
-            "them (1.11 or later); leave out backend"
-        )
-    if not x.is_cuda:
-        raise ValueError(f"rms_norm: x has device {x.device}, backend 'transformer_engine' wants a CUDA device")
+    RMSNorm = transformer_engine("rms_norm", "RMSNorm", x, "1.11", ("eps", "device", "dtype"), ("eps", "kwargs"))
     norm = RMSNorm(x.shape[-1], eps=eps, device="meta", dtype=weight.dtype)
     norm._parameters["weight"] = weight
     return norm(x)

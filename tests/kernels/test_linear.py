@@ -290,6 +290,9 @@ def test_other_backends(monkeypatch):
     with pytest.raises(ValueError, match="linear: backend has 'apex', wants one of swiftk, transformer_engine"):
         linear(x, w, backend="apex")
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    with pytest.raises(ValueError, match="linear: x has device cpu, backend 'transformer_engine' wants a CUDA device"):
+        linear(x, w, backend="transformer_engine")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     with pytest.raises(ImportError, match=r"linear: .*pip install transformer-engine\[pytorch\]"):
         linear(x, w, backend="transformer_engine")
 
@@ -306,9 +309,6 @@ def test_other_backends(monkeypatch):
     module.Linear = Linear
     monkeypatch.setitem(sys.modules, "transformer_engine", package)
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", module)
-    with pytest.raises(ValueError, match="linear: x has device cpu, backend 'transformer_engine' wants a CUDA device"):
-        linear(x, w, backend="transformer_engine")
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     inputs = [t.requires_grad_() for t in (x, w, b)]
     y, want = linear(*inputs, backend="transformer_engine"), F.linear(*inputs)
     assert torch.equal(y, want) and torch.equal(linear(x, w, backend="transformer_engine"), F.linear(x, w))
