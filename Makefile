@@ -46,7 +46,6 @@ compile-gpu: .venv/.train .venv/.built
 
 gpu:
 	@$(GPU_PY) -c "import torch" || { echo "make gpu: $(GPU_PY) has no torch: make .venv/.test, or GPU_PY=<a python that has torch with CUDA, pytest, transformers>"; exit 1; }
-	$(GPU_PY) setup.py -q build_ext --inplace
 	$(GPU_PY) -m swiftk.bench gpu --parts $(PART) $(if $(BUDGET),--budget $(BUDGET))
 
 clean:

@@ -1,7 +1,7 @@
 """`make gpu [PART=...] [BUDGET=seconds]`: everything that a CUDA device is asked to do, in parts of at most four minutes, one
 JSON each.
 
-    build         both native modules, the device, versions
+    build         both native modules, where their sources have changed; the device, versions
     test          the Triton and CUDA kernels on the device in bf16 and fp32, the decoder and a training step (tests/triton,
                   tests/gpu, and what is marked `gpu`)
     sanitize      compute-sanitizer (memcheck, racecheck) over the tests of the CUDA C++ kernels
@@ -13,8 +13,8 @@ JSON each.
     decode        the decoder at an 8B shape
 
 Without a part: all of them in this order, or as many as the budget has time for; a part whose JSON is of this very commit and
-without a failure is passed over, so that the command goes on where it stopped. Exit code 0: everything is done and has passed;
-3: parts are left.
+without a failure is passed over, so that the command goes on where it stopped. The build comes first in every case, and
+nothing after it where it fails. Exit code 0: everything is done and has passed; 3: parts are left.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ def run(
     if not torch.cuda.is_available():
         raise SystemExit("make gpu: torch sees no CUDA device; run it on a machine with one, with a CUDA build of torch")
     begin, failed = time.monotonic(), list[str]()
-    todo = wanted or parts(kernels)
+    todo = ["build", *(p for p in wanted or parts(kernels) if p != "build")]
     for number, part in enumerate(todo):
-        if not wanted:
+        if not wanted and part != "build":
             before = known(f"gpu-{part}")
             if before is not None and before["exit"] == 0:
                 print(f"== {part}: done at this commit", flush=True)
@@ -130,6 +130,9 @@ def run(
         print(f"== {part}", flush=True)
         found = run_part(part, root)
         if part == "build":
+            if found["exit"]:  # what an earlier build has left is not measured; no JSON: it would name that build's properties
+                print("make gpu: the build has failed", file=sys.stderr)
+                return 1
             found |= device_facts()
             print(json.dumps(device_facts()))
         save(f"gpu-{part}", found)

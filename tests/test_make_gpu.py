@@ -50,23 +50,33 @@ def test_all_parts_in_order_and_again_from_where_it_stopped(machine, capsys):
     machine["seconds"] = 1.0
     assert start(machine) == 1
     rest = ["train-qlora", "train-lora-full", "train-qlora-full", "decode", *(f"bench-{k}" for k in ("varlen", "nf4"))]
-    assert machine["ran"][4:] == [*rest, "bench-linear", "bench-rms_norm"]
+    assert machine["ran"][4:] == ["build", *rest, "bench-linear", "bench-rms_norm"]
     assert "failed: bench-varlen" in capsys.readouterr().err
     machine["codes"].clear()
-    assert start(machine) == 0 and machine["ran"][12:] == ["bench-varlen"]  # what failed is done again
+    assert start(machine) == 0 and machine["ran"][-2:] == ["build", "bench-varlen"]  # what failed is done again
 
 
 def test_one_part_is_done_again_when_named(machine):
     assert start(machine, "test") == 0 and start(machine, "test") == 0
-    assert machine["ran"] == ["test", "test"]
+    assert machine["ran"] == ["build", "test", "build", "test"]
 
 
-def test_errors(monkeypatch):
+@pytest.mark.parametrize("wanted", [[], ["test"], ["build"]])
+def test_nothing_runs_after_a_build_that_failed(wanted, machine, capsys):
+    machine["codes"]["build"] = 1
+    assert start(machine, *wanted) == 1
+    assert machine["ran"] == ["build"] and not machine["saved"] and "the build has failed" in capsys.readouterr().err
+
+
+def test_errors_come_before_the_build(machine, monkeypatch):
     with pytest.raises(SystemExit, match=r"make gpu: PART has 'tset', wants one of build, test, sanitize"):
-        gpu.run(["tset"], KERNELS, None, None, None)
+        start(machine, "tset")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="torch sees no CUDA device"):
-        gpu.run([], KERNELS, None, None, None)
+        start(machine)
+    assert machine["ran"] == []
+    lines = subprocess.run(["make", "-n", "gpu", "PART=tset"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "swiftk.bench gpu --parts tset" in lines and "setup.py" not in lines
 
 
 def test_a_part_that_takes_too_long_or_cannot_start_is_a_failure(monkeypatch, tmp_path):
