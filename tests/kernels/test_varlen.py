@@ -183,6 +183,28 @@ def test_writes_every_output_and_nothing_else():
     assert not lse[:, inside].isnan().any() and lse[:, ~inside].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sink", [float("inf"), 3e38])
+def test_an_infinite_sink_takes_everything(sink, dtype, isa):
+    """Its head's out and gradients are 0, lse is without it; another head's sink of -inf is none."""
+    tensors, _, cu, options = make(([70, 0, 5], [70, 4, 5], 2, 2, 40, True, (-1, -1), 0.0, False, 1), dtype)
+    dout, dlse = torch.randn(tensors[0].shape), torch.zeros(2, 76)
+    sinks = torch.tensor([sink, EMPTY], dtype=dtype)
+    got = run(lambda *a, **o: ours(*a, isa=isa, **o), tensors, sinks, cu, options, dtype, dout, dlse)
+    none = run(lambda *a, **o: ours(*a, isa=isa, **o), tensors, None, cu, options, dtype, dout, dlse)
+    wanted = run(varlen_attention_ref, tensors, sinks, cu, options, torch.float64, dout, dlse)
+    for at, name in ((0, "out"), (2, "dq"), (3, "dk"), (4, "dv")):
+        assert (got[at][:, 0] == 0).all() and (wanted[at][:, 0] == 0).all(), name
+        assert torch.equal(got[at][:, 1], none[at][:, 1]), name
+    assert torch.equal(got[1], none[1]) and (got[5] == 0).all() and (wanted[5] == 0).all()
+
+
+def test_a_sink_that_is_nan_gives_nan(isa):
+    (q, k, v), _, (cu, _), options = make(CASES[3], torch.float32)
+    out = varlen_attention(q, k, v, cu, sinks=torch.tensor([float("nan"), 0.0, 0.0, 0.0]), isa=isa, **options)
+    assert out[:, 0].isnan().all() and not out[:, 1:].isnan().any()
+
+
 def test_any_large_window_is_no_window():
     q, k, v = torch.randn(9, 2, 8), torch.randn(9, 1, 8), torch.randn(9, 1, 8)
     want = varlen_attention(q, k, v, offsets([4, 5]))
