@@ -3,7 +3,9 @@ tests."""
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +34,44 @@ def test_cuda_compiles(source, arch):
     kernels = re.findall(r"__global__ void (?:__launch_bounds__\([^)]*\) )?(\w+)\(", source.read_text())
     assert kernels and {one.label.split("<")[0] for one in found} == set(kernels)
     assert [one.wrong() for one in found if one.wrong()] == []
+
+
+LAUNCH = """
+#include "cuda/check.h"
+#include <iostream>
+cudaError_t last;  // what cudaGetLastError gives and forgets
+int main() {
+  auto say = [](cudaError_t before, cudaError_t after) {
+    try {
+      last = before, swiftk::gpu::check_earlier("op");
+      last = after, swiftk::gpu::check_launch("op");
+      std::cout << "fine\\n";
+    } catch (const std::exception& e) { std::cout << e.what() << "\\n"; }
+  };
+  say(cudaSuccess, cudaSuccess), say(cudaErrorOther, cudaSuccess), say(cudaSuccess, cudaErrorOther);
+  say(cudaSuccess, cudaErrorNoKernelImageForDevice);
+}
+"""
+RUNTIME = """
+enum cudaError_t { cudaSuccess, cudaErrorOther, cudaErrorNoKernelImageForDevice };
+extern cudaError_t last;
+inline cudaError_t cudaGetLastError() { cudaError_t is = last; return last = cudaSuccess, is; }
+inline const char* cudaGetErrorString(cudaError_t) { return "words"; }
+"""
+
+
+def test_a_launch_is_not_blamed_for_an_earlier_error(tmp_path):
+    (tmp_path / "main.cpp").write_text(LAUNCH)
+    (tmp_path / "cuda_runtime.h").write_text(RUNTIME)  # in the place of CUDA's
+    compiler = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17", f"-I{tmp_path}", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*compiler, tmp_path / "main.cpp", "-o", tmp_path / "main"], check=True)
+    said = subprocess.run([tmp_path / "main"], capture_output=True, text=True).stdout.splitlines()
+    assert said[0] == "fine" and "op: an earlier CUDA error, of another call (words)" in said[1]
+    assert said[2] == "op: CUDA refuses the launch (words)"
+    assert said[3].startswith(said[2]) and "SWIFTK_CUDA_ARCHS" in said[3]
+    for source in compile_gpu.cuda_sources():  # each launch has both
+        text = source.read_text()
+        assert 0 < text.count("check_launch(\"") == text.count("check_earlier(\""), source
 
 
 def test_spills_and_shared_memory_are_errors():

@@ -14,6 +14,7 @@ template <int kind, class O> __global__ void __launch_bounds__(kDequantizeThread
 
 void launch_nf4_dequantize(const Nf4Dequantize& a, int scale_kind, bool wide, Stream stream) {
   if (a.blocks() == 0) return;
+  check_earlier("nf4_dequantize");
   const auto run = [&](auto kernel) { kernel<<<unsigned(a.blocks()), kDequantizeThreads, 0, cudaStream_t(stream)>>>(a); };
   switch (scale_kind) {
     case kScaleBf16: wide ? run(nf4_dequantize<kScaleBf16, float>) : run(nf4_dequantize<kScaleBf16, uint16_t>); break;
@@ -36,6 +37,7 @@ template <class T> __global__ void __launch_bounds__(32 * kWarps) nf4_quantize(c
 
 void launch_nf4_quantize(const Nf4Quantize& a, int dtype, unsigned long long* first_bad, Stream stream) {
   if (a.blocks() == 0) return;
+  check_earlier("nf4_quantize");
   const unsigned grid = unsigned((a.blocks() + kWarps - 1) / kWarps);
   const auto run = [&](auto kernel) { kernel<<<grid, 32 * kWarps, 0, cudaStream_t(stream)>>>(a, first_bad); };
   switch (dtype) {

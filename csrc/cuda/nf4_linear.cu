@@ -45,6 +45,7 @@ void launch_nf4_linear(const Nf4Linear& a, Stream stream) {
     static_assert(bytes <= 163 << 10, "shared memory of sm_80");
     const int64_t blocks = nf4_linear_blocks(a, 16 * RT), rows = (a.M + 8 * MT - 1) / (8 * MT);
     if (blocks == 0 || rows == 0) return;
+    check_earlier("nf4_linear");
     allow_shared("nf4_linear", nf4_linear<RT, MT>, bytes);
     nf4_linear<RT, MT><<<dim3(unsigned(blocks), unsigned(rows)), 32 * kLinearWarps, bytes, cudaStream_t(stream)>>>(a);
     check_launch("nf4_linear");
@@ -66,6 +67,7 @@ void launch_nf4_linear_dx(const Nf4LinearDx& a, Stream stream) {
     static_assert(bytes <= 163 << 10, "shared memory of sm_80");
     const int64_t columns = (a.K + kDxColumns - 1) / kDxColumns, rows = (a.M + 8 * MT - 1) / (8 * MT);
     if (columns == 0 || rows == 0) return;
+    check_earlier("nf4_linear_dx");
     allow_shared("nf4_linear_dx", nf4_linear_dx<MT>, bytes);
     nf4_linear_dx<MT><<<dim3(unsigned(columns), unsigned(rows), unsigned(a.splits)), 32 * kLinearWarps, bytes, cudaStream_t(stream)>>>(a);
     check_launch("nf4_linear_dx");
