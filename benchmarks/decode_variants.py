@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from swiftk.decoder import forward
+from swiftk.kernels._low_rank import base_products
 from swiftk.kernels._native import native, threads
-from swiftk.kernels.lora_linear import base_products
 from swiftk.model import Model, ModelConfig
 from swiftk.parallel.mesh import Mesh
 

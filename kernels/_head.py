@@ -15,22 +15,12 @@ from typing import NamedTuple
 import torch
 
 from swiftk.kernels._checks import check_floating, refuse_double_backward
+from swiftk.kernels._low_rank import Mask, adapted_norm, base_product, low_rank, mask_blocks, rank_gram, rank_update
 from swiftk.kernels._native import acc_dtype
 from swiftk.kernels._triton import on_gpu
 from swiftk.kernels.dropout import Dropout, dropout_keys
 from swiftk.kernels.linear import vendor_mm, with_rows
-from swiftk.kernels.lora_linear import (
-    Adapter,
-    Mask,
-    adapted_norm,
-    base_product,
-    check_lora,
-    low_rank,
-    mask_blocks,
-    rank_gram,
-    rank_update,
-    scales_of,
-)
+from swiftk.kernels.lora_linear import Adapter, check_lora, scales_of
 from swiftk.kernels.nf4 import NF4Tensor, check_nf4, nf4_dequantize_out, plain_absmax, take_rows
 
 STEP = 2048  # columns per step of the running log-sum-exp, kStep in csrc/cpu/vocab_stats.inc

@@ -42,7 +42,8 @@ from swiftk.kernels._head import (
     ranges,
 )
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
-from swiftk.kernels._triton import jit, launch, on_gpu, ship, tl
+from swiftk.kernels._triton import on_gpu
+from swiftk.kernels._vocab_stats_triton import grad_triton, stats_triton
 from swiftk.kernels.dropout import Dropout
 from swiftk.kernels.linear import check_numerics
 from swiftk.kernels.lora_linear import Adapter, lora_linear_ref
@@ -98,136 +99,6 @@ def vocab_stats_ref(
     lse, total, entropy, top, argmax = (t.where(keep, 0) for t in (lse, total, entropy, top, argmax + vocab_start))
     logprob = log_p.gather(-1, at.where(here, 0)[:, None])[:, 0].where(here, 0)
     return VocabStats(lse, label_logit, logprob, total, entropy, top, argmax)
-
-
-# --- Triton ------------------------------------------------------------------------------------------------------
-#
-# A program walks one row of logits in steps of STEP, as the CPU does, and merges each into what the row had before: the bits
-# do not depend on how many columns a buffer holds. The gradient is elementwise. Both are bound by memory: 8 KiB of fp32 in
-# flight per program of 4 warps, from arithmetic; no GPU has measured it.
-
-
-@jit
-def _capped(z, cap, inverse):
-    """cap tanh(z inverse); below 1/4 the series, since 1 - exp(-2 u) cancels there."""
-    u = tl.abs(z * inverse)
-    e = tl.exp(-2.0 * u)
-    tanh = (1.0 - e) / (1.0 + e)
-    if z.dtype == tl.float32:
-        v = u * u
-        series = u * (1.0 + v * (-0.33333334 + v * (0.13333334 + v * (-0.053968254 + v * 0.021869488))))
-        tanh = tl.where(u < 0.25, series, tanh)
-    return tl.where(z < 0, -cap * tanh, cap * tanh)
-
-
-# cols keeps its kernels: of a mask whose end is a multiple of 16 Triton makes loads of 16 bytes
-@jit(varies=("first_id",))
-def _stats_kernel(
-    logits, labels, m, l, e, total, label, argmax, g, out, ld, ld_g, cols, width, first_id, softcap, STEP: tl.constexpr,
-    CAPPED: tl.constexpr, ENTROPY: tl.constexpr, SUM: tl.constexpr, EXP: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, STEP)
-    logits += row * ld
-    own = tl.load(labels + row) - first_id
-    before = tl.load(m + row)
-    top, sums, best, s_label = before, tl.load(l + row), tl.load(argmax + row), tl.load(label + row)
-    inverse = 1.0 / softcap if CAPPED else 0.0
-    ent = tl.load(e + row) if ENTROPY else top
-    tot = tl.load(total + row) if SUM else top
-    for j in range(0, cols, STEP):
-        inside = at < cols - j
-        s = tl.load(logits + j + at, mask=inside, other=-float("inf"))
-        if CAPPED:
-            s = tl.where(inside, _capped(s, softcap, inverse), -float("inf"))
-        highest = tl.max(s, axis=0)
-        first = tl.min(tl.where(s == highest, at, STEP), axis=0)
-        best = tl.where(highest > top, (first + j).to(tl.int64) + first_id, best)
-        new = tl.maximum(top, highest)
-        base = tl.where(new == -float("inf"), 0.0, new)  # so far every token is banned: -inf - -inf is NaN
-        scale = tl.exp(top - base)  # 0 in the first step
-        d = s - base
-        p = tl.exp(d)
-        if ENTROPY:  # sum of exp(s - m) (s - m), moved to the new m
-            moved = tl.where(sums > 0, (ent + sums * (top - base)) * scale, 0.0)
-            ent = moved + tl.sum(tl.where(s == -float("inf"), 0.0, p * d), axis=0)
-        if SUM:
-            tot += tl.sum(tl.where(inside, s, 0.0), axis=0)
-        sums = sums * scale + tl.sum(p, axis=0)
-        s_label += tl.sum(tl.where(inside & (at == own - j), s, 0.0), axis=0)
-        top = new
-    tl.store(m + row, top)
-    tl.store(l + row, sums)
-    tl.store(argmax + row, best)
-    tl.store(label + row, s_label)
-    if ENTROPY:
-        tl.store(e + row, ent)
-    if SUM:
-        tl.store(total + row, tot)
-    if EXP:
-        # g = exp(s - m) (1 - (s / c)^2), 0 for the label, and out *= exp(m before - m): see vocab_stats_exp in csrc/cpu
-        for j in range(0, cols, STEP):
-            inside = at < cols - j
-            s = tl.load(logits + j + at, mask=inside, other=0.0)
-            if CAPPED:
-                s = _capped(s, softcap, inverse)
-            p = tl.exp(s - tl.where(top == -float("inf"), 0.0, top))
-            if CAPPED:
-                p *= ((softcap - s) * inverse) * ((softcap + s) * inverse)
-            tl.store(g + row * ld_g + j + at, tl.where(at == own - j, 0.0, p).to(g.dtype.element_ty), mask=inside)
-        if before != top:
-            scale = tl.exp(before - top)
-            for k in range(0, width, STEP):
-                inside = at < width - k
-                v = tl.load(out + row * width + k + at, mask=inside, other=0.0)
-                tl.store(out + row * width + k + at, v * scale, mask=inside)
-
-
-@jit(varies=("first_id",))
-def _grad_kernel(
-    logits, labels, m, log_l, entropy, dlse, dlabel, dsum, dentropy, g, ld, ld_g, cols, first_id, softcap, STEP: tl.constexpr,
-    CAPPED: tl.constexpr, ENTROPY: tl.constexpr, SUM: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * STEP + tl.arange(0, STEP)
-    inside = at < cols
-    own = tl.load(labels + row) - first_id
-    s = tl.load(logits + row * ld + at, mask=inside, other=0.0)
-    inverse = 1.0 / softcap if CAPPED else 0.0
-    if CAPPED:
-        s = _capped(s, softcap, inverse)
-    below, log_sum = s - tl.load(m + row), tl.load(log_l + row)
-    log_p = below - log_sum
-    p = tl.exp(below) * tl.exp(-log_sum)  # half the error of exp(log_p), whose argument is rounded twice
-    a = tl.load(dlse + row)
-    less = p - 1.0  # of the label, where p is near 1: the series of exp(x) - 1
-    if s.dtype == tl.float32:
-        x = log_p
-        series = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * (0.008333334 + x * 0.0013888889)))))
-        less = tl.where(tl.abs(x) < 0.125, series, less)
-    ds = tl.where(at == own, a * less + (a + tl.load(dlabel + row)), a * p)
-    if SUM:
-        ds += tl.load(dsum + row)
-    if ENTROPY:
-        ds -= p * tl.load(dentropy + row) * (log_p + tl.load(entropy + row))
-    if CAPPED:
-        ds *= ((softcap - s) * inverse) * ((softcap + s) * inverse)
-    tl.store(g + row * ld_g + at, ds.to(g.dtype.element_ty), mask=inside)
-
-
-_ROWS = "*fp32 *fp32 *fp32 *fp32 *fp32"
-for _exp, _rest in ((False, False), (False, True), (True, False), (True, True)):
-    ship(
-        f"vocab_stats{'_exp bf16' if _exp else ' fp32'}{' softcap entropy sum' if _rest else ''}", _stats_kernel,
-        f"*fp32 *i64 {_ROWS} *i64 *bf16 *fp32 i32:16 i32:16 i32:16 i32:16 i32 fp32", STEP=STEP, CAPPED=_rest, ENTROPY=_rest,
-        SUM=_rest, EXP=_exp,
-    )  # fmt: skip
-for _rest in (False, True):
-    ship(
-        f"vocab_grad bf16{' softcap entropy sum' if _rest else ''}", _grad_kernel,
-        f"*fp32 *i64 *fp32 *fp32 {_ROWS} *bf16 i32:16 i32:16 i32:16 i32 fp32", STEP=STEP, CAPPED=_rest, ENTROPY=_rest,
-        SUM=_rest,
-    )  # fmt: skip
 
 
 # --- launchers ---------------------------------------------------------------------------------------------------
@@ -306,13 +177,7 @@ def update_stats(logits, labels, first_id, softcap, running: RunningStats, isa, 
     """Merges the logits (rows, cols) of the ids from first_id on; with softcap the CPU replaces them by s. exp, on CUDA: the
     (g, out) of vocab_stats_exp in csrc/cpu/vocab_stats.inc."""
     if on_gpu(logits):
-        g, out = exp or (logits, logits)
-        m, l, e, total, label, argmax = running
-        launch(
-            _stats_kernel, (len(logits),), logits, labels, m, l, m if e is None else e, m if total is None else total, label,
-            argmax, g, out, logits.stride(0), g.stride(0), logits.shape[1], out.shape[1], first_id, softcap, STEP=STEP,
-            CAPPED=softcap > 0, ENTROPY=e is not None, SUM=total is not None, EXP=exp is not None, num_warps=4,
-        )  # fmt: skip
+        stats_triton(logits, labels, first_id, softcap, running, exp)
         return
     native().vocab_stats(
         DTYPE_CODES[logits.dtype], address(logits), logits.stride(0), address(labels), *logits.shape, first_id, softcap,
@@ -350,12 +215,7 @@ def logits_grad(logits, labels, first_id, softcap, capped, m, log_l, entropy, d:
     """The gradient by the logits, in their place where dtype is theirs. capped: update_stats has seen them."""
     g = logits if dtype == logits.dtype else logits.new_empty(logits.shape, dtype=dtype)
     if on_gpu(logits):
-        grid = (len(logits), -(-logits.shape[1] // STEP))
-        rest = (m if t is None else t for t in (entropy, *d))
-        launch(
-            _grad_kernel, grid, logits, labels, m, log_l, *rest, g, logits.stride(0), g.stride(0), logits.shape[1], first_id,
-            softcap, STEP=STEP, CAPPED=softcap > 0, ENTROPY=d.dentropy is not None, SUM=d.dsum is not None, num_warps=4,
-        )  # fmt: skip
+        grad_triton(logits, labels, first_id, softcap, m, log_l, entropy, d, g)
         return g
     native().vocab_grad(
         DTYPE_CODES[logits.dtype], DTYPE_CODES[dtype], address(logits), logits.stride(0), address(labels), *logits.shape,

@@ -29,11 +29,12 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from swiftk.decoder.pages import huge_pages
+from swiftk.kernels._low_rank import ALIGN, adapted_norm, base_products, gain_of, keep_own
 from swiftk.kernels._native import acc_dtype, native
 from swiftk.kernels._triton import on_gpu
 from swiftk.kernels.attention.paged import paged_attention_out, store_kv_out
 from swiftk.kernels.linear import Product
-from swiftk.kernels.lora_linear import ALIGN, Adapter, adapted_norm, base_products, keep_own, scales_of
+from swiftk.kernels.lora_linear import Adapter, scales_of
 from swiftk.kernels.nf4 import NF4Tensor, plain_absmax
 from swiftk.kernels.rms_norm import rms_norm_out
 from swiftk.kernels.rope import rope_out
@@ -232,7 +233,7 @@ class Forward:
 
         def refresh() -> None:
             norm = adapted_norm(weight, a, b, factor, own.weight_norm_sq, self.isa)
-            gain.copy_(torch.where(norm == 0, 0, magnitude.to(norm.dtype) / norm))
+            gain.copy_(gain_of(magnitude, norm))
 
         refresh()
         self._refreshers.append(refresh)

@@ -107,7 +107,7 @@ def test_rows_are_masked_in_blocks(monkeypatch):
     adapters, dropouts = [Adapter(a, b, 1.7)] * 2, [dropout._replace(layer=6), None]
     run = functools.partial(lora_linear_group, x, [w, w], adapters, dropouts=dropouts)
     whole = run()
-    monkeypatch.setattr("swiftk.kernels.lora_linear.MASK_BYTES", 7 * 64 * 4)
+    monkeypatch.setattr("swiftk.kernels._low_rank.MASK_BYTES", 7 * 64 * 4)
     assert all(torch.equal(p, q) for p, q in zip(run(), whole, strict=True))
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from swiftk.kernels import _low_rank
 from swiftk.kernels import lora_linear as module
 from swiftk.kernels._native import acc_dtype
 from swiftk.kernels.dropout import Dropout
@@ -22,7 +23,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def several_sums(monkeypatch):
     """More than one partial sum of dA and dm at 70 rows."""
-    monkeypatch.setattr(module, "TRITON_ROWS", 64)
+    monkeypatch.setattr(_low_rank, "TRITON_ROWS", 64)
 
 
 def make(M, N, K, r, kind, dtype, device):
@@ -152,11 +153,11 @@ def test_invariant_a_row_depends_on_itself_alone(kind, dtype, device):
         if dropout is None:
             flat = module._flat(a, b, [0.75], dtype)
             s, y = x.new_empty(150, 5), torch.empty_like(whole)
-            module.low_rank(x, flat[0], flat[2], module.Mask(0, None, 0, None), s, "auto", "invariant")
+            _low_rank.low_rank(x, flat[0], flat[2], _low_rank.Mask(0, None, 0, None), s, "auto", "invariant")
             gain = None
             if m is not None:
-                gain = module._gain(m, module.adapted_norm(w, *flat, lora.weight_norm_sq, "auto"))
-            module.base_product(x, w, bias, y, "auto", (s, flat[1]), gain, "invariant")
+                gain = _low_rank.gain_of(m, _low_rank.adapted_norm(w, *flat, lora.weight_norm_sq, "auto"))
+            _low_rank.base_product(x, w, bias, y, "auto", (s, flat[1]), gain, "invariant")
             assert torch.equal(y, whole)
 
 

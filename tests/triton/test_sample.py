@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swiftk.kernels import sample as module
+from swiftk.kernels import _sample_triton
 from swiftk.kernels._native import native
 from swiftk.kernels.sample import (
     adjust_logits_,
@@ -22,7 +22,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(module, "BLOCK", 64)
+    monkeypatch.setattr(_sample_triton, "BLOCK", 64)
 
 
 def mixed(rows, vocab, dtype):
