@@ -3,12 +3,14 @@
 With TRITON_INTERPRET=1 in the environment before this file is imported, Triton's interpreter runs the kernels on CPU tensors,
 and every operator that has a Triton kernel takes it for CPU tensors too (`register_cuda`, `on_gpu`): autograd, torch.compile,
 the model and the decoder then run on it, slowly. The interpreter's bf16 is wrong (casts truncate, products multiply bits):
-fp32, fp64 and, below the public functions, fp16. Without Triton the import works and a launch raises.
+fp32, fp64 and, below the public functions, fp16. Without Triton the import works and a launch raises; with TRITON_INTERPRET=1
+the import raises, since the CPU's own kernels would run in the place of those that were asked for.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +22,11 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:
+    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes"):  # as Triton would read it
+        raise ImportError(
+            f"swiftk: TRITON_INTERPRET is set and Triton cannot be imported ({error}); "
+            "install it with `pip install triton` (Linux), or unset TRITON_INTERPRET"
+        ) from error
     triton, _missing = None, error
     tl = types.SimpleNamespace(float32=None, float64=None)  # what is read where kernels are defined
 

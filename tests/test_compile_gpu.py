@@ -154,3 +154,13 @@ except ImportError as error:
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert "_rms_norm_fwd_kernel is a Triton kernel" in out.stdout and "pip install triton" in out.stdout
+
+
+def test_the_interpreter_without_triton_is_an_error():
+    """The CPU's kernels would run, and look as if they were Triton's."""
+    code = "import sys; sys.modules['triton'] = None; import swiftk.kernels.rms_norm"
+    for value, fails in (("1", True), ("yes", True), ("0", False), ("", False)):
+        environment = {**os.environ, "TRITON_INTERPRET": value}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert (done.returncode != 0) == fails, (value, done.stderr)
+        assert ("ImportError: swiftk: TRITON_INTERPRET is set and Triton cannot be imported" in done.stderr) == fails
