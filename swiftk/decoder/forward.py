@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from swiftk.decoder.copies import send
 from swiftk.decoder.pages import huge_pages
 from swiftk.kernels._low_rank import ALIGN, adapted_norm, base_products, gain_of, keep_own
 from swiftk.kernels._native import acc_dtype, native
@@ -412,7 +413,7 @@ class Forward:
     def _rows_logits(self, rows: Sequence[int], count: int) -> torch.Tensor:
         hidden, owner = self.h[:count], self.owner[:count]
         if len(rows) != count:
-            index = torch.tensor(rows, device=self.device)
+            (index,) = send(self.device, torch.tensor(rows))
             hidden, owner = hidden[index], owner[index]
         if len(self._logits) < len(rows):
             self._logits = torch.empty(len(rows), self.model.config.vocab_size, dtype=self.acc, device=self.device)

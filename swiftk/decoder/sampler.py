@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from swiftk.decoder.copies import send
 from swiftk.decoder.params import SamplingParams
 from swiftk.kernels.sample import adjust_logits_out, empty_logprobs, row_logprobs_out, sample_out
 
@@ -52,7 +53,7 @@ class Sampler:
         settings = [(r.params, r.seed) for r in rows]
         if settings != self._settings:
             self._settings, self._columns = settings, _columns(settings, logits.device)
-        positions = torch.tensor([r.position for r in rows], device=logits.device)
+        (positions,) = send(logits.device, torch.tensor([r.position for r in rows]))
         ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         restore = self._adjust(logits, rows)
         temperature, top_k, top_p, min_p, seeds = self._columns[:5]
@@ -63,7 +64,7 @@ class Sampler:
         logprobs: list[TokenLogprob | None] = [None] * len(rows)
         wanted = [i for i, r in enumerate(rows) if r.params.logprobs is not None and tokens[i] >= 0]
         if wanted:
-            part = logits if len(wanted) == len(rows) else logits[wanted]
+            part = logits if len(wanted) == len(rows) else logits[send(logits.device, torch.tensor(wanted))[0]]
             tops = [rows[i].params.logprobs or 0 for i in wanted]
             for i, found in zip(wanted, self._score(part, [tokens[i] for i in wanted], tops), strict=True):
                 logprobs[i] = found
@@ -75,7 +76,8 @@ class Sampler:
 
     def _score(self, logits: torch.Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
         out = empty_logprobs(logits, max(tops, default=0))
-        row_logprobs_out(logits, torch.tensor(ids, dtype=torch.int64, device=logits.device), out, self.isa)
+        (given,) = send(logits.device, torch.tensor(ids, dtype=torch.int64))
+        row_logprobs_out(logits, given, out, self.isa)
         columns = (t.tolist() for t in (out.logprob, out.rank, out.top_ids, out.top_logprobs))
         return [
             TokenLogprob(token, logprob, rank, dict(zip(top_ids[:n], top_logprobs[:n], strict=True)))
@@ -103,7 +105,7 @@ class Sampler:
             return None
         first = torch.frombuffer(offsets, dtype=torch.int64)
         at = torch.repeat_interleave(torch.arange(len(rows)), first.diff())
-        at, first, ids, *others = (t.to(logits.device) for t in (at, first, *entries.tensors()))
+        at, first, ids, *others = send(logits.device, at, first, *entries.tensors())
         old = logits[at, ids]
         adjust_logits_out(logits, first, ids, *others, *self._columns[5:])
         return at, ids, old
@@ -120,11 +122,11 @@ def _columns(settings: Sequence[tuple[SamplingParams, int]], device: torch.devic
     """As sample_out and adjust_logits_out take them."""
 
     def column(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.tensor([getattr(p, name) for p, _ in settings], dtype=dtype, device=device)
+        return torch.tensor([getattr(p, name) for p, _ in settings], dtype=dtype)
 
-    seeds = torch.tensor([seed for _, seed in settings], dtype=torch.int64, device=device)
-    return (
-        column("temperature"), column("top_k", torch.int32), column("top_p"), column("min_p"), seeds,
+    seeds = torch.tensor([seed for _, seed in settings], dtype=torch.int64)
+    return send(
+        device, column("temperature"), column("top_k", torch.int32), column("top_p"), column("min_p"), seeds,
         column("repetition_penalty"), column("presence_penalty"), column("frequency_penalty"),
     )  # fmt: skip
 
