@@ -3,7 +3,8 @@
     forward + loss, backward, gradient norm and clip, fused AdamW, gradients set to None
 
 Two kinds of rows: lengths as they are in a data set, where the peer pads, and equal lengths of 256 (on a GPU two of 2048),
-which need no padding. The model has 29 M parameters, on a GPU the shape of Llama 3.1 8B with random weights.
+which need no padding. The model has 29 M parameters, on a GPU the shape of Llama 3.1 8B with random weights (--shape 7b: of
+Llama 2 7B).
 Loss and gradient norm of both are compared before anything is timed. The steps of ours, ours again (the self-pair: the noise
 floor), the peer and the matmul floor are interleaved batch by batch, their order reversed in every second round.
 The matmul floor is torch.matmul's time for the step's products on the real tokens: of each linear y = x W^T and dx = dy W, in
@@ -70,6 +71,12 @@ EIGHT_B = ModelConfig(  # Llama 3.1 8B
     num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192, rope_theta=5e5,
     tie_word_embeddings=False,
 )  # fmt: skip
+SEVEN_B = ModelConfig(  # Llama 2 7B
+    model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=32, head_dim=128, max_position_embeddings=4096, rope_theta=1e4,
+    tie_word_embeddings=False,
+)  # fmt: skip
+SHAPES = {"small": SMALL, "7b": SEVEN_B, "8b": EIGHT_B}
 
 
 # --- rows --------------------------------------------------------------------------------------------------------
@@ -240,6 +247,7 @@ def run(options: Options, arguments: list[str], save: Save | None = None) -> lis
     """Measures and prints; `save`, with a name and what to keep, is called after each tuner."""
     parser = argparse.ArgumentParser(prog="python -m swiftk.bench train", allow_abbrev=False)
     parser.add_argument("--tuner", nargs="+", choices=TUNERS, help="default: all; on a GPU lora and qlora")
+    parser.add_argument("--shape", choices=SHAPES, help="default: small; on a GPU 8b")
     parser.add_argument("--lengths", type=Path, default=GSM8K, metavar="FILE", help="tokens per row, or rows whose tokens are "
                         "counted; default: those of GSM8K's training split, benchmarks/gsm8k_lengths.json")  # fmt: skip
     parser.add_argument("--steps", type=int, default=1 if options.quick else 3, help="batches per kind of rows")
@@ -259,7 +267,9 @@ def run(options: Options, arguments: list[str], save: Save | None = None) -> lis
         if getattr(args, name) < 1:
             parser.error(f"--{name} has {getattr(args, name)}, wants at least 1")
     gpu = options.device == "cuda"
-    config = QUICK if options.quick else EIGHT_B if gpu else SMALL
+    usual = "8b" if gpu else "small"
+    shape_name = args.shape or usual
+    config = QUICK if options.quick else SHAPES[shape_name]
     longest = 32 if options.quick else config.max_position_embeddings
     equal_tokens = min(EQUAL_GPU if gpu else EQUAL, longest)
     equal = ((equal_tokens,) * (2 if gpu else args.rows),) * args.steps
@@ -284,9 +294,10 @@ def run(options: Options, arguments: list[str], save: Save | None = None) -> lis
         adapters = {} if tuner == "full" else {"rank": RANK, "dropout": args.dropout}
         kept = {
             "tuner": tuner, "dtype": str(setting.dtype).removeprefix("torch."), "recompute": args.recompute,
-            "model": shape | adapters, "training": records,
+            "peer_checkpointing": args.peer_checkpointing, "shape": shape_name, "model": shape | adapters, "training": records,
         }  # fmt: skip
         if save:
-            save(f"train-{tuner}" + ("" if args.recompute == "selective" else f"-{args.recompute}"), kept)
+            another = [] if args.recompute == "selective" else [args.recompute]
+            save("-".join(["train", tuner, *another, *([] if shape_name == usual else [shape_name])]), kept)
         everything += records
     return everything

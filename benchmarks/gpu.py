@@ -8,8 +8,12 @@ JSON each.
     bench-<op>    the op and its peers (benchmarks/kernels/bench_<op>.py)
     train-lora, train-qlora
                   a step of an 8B shape against transformers + peft (+ bitsandbytes), both at their defaults
+    train-lora-none, train-qlora-none
+                  nothing computed again by either: the fastest of both
     train-lora-full, train-qlora-full
-                  the same with every block computed again, by both
+                  every block computed again by both: the least memory of both
+    train-qlora-7b
+                  the same for a 7B shape
     decode        the decoder at an 8B shape
 
 Without a part: all of them in this order, or as many as the budget has time for; a part whose JSON is of this very commit and
@@ -36,7 +40,16 @@ from typing import Any
 import torch
 
 PART_SECONDS = 4 * 60
-TRAIN = ("train-lora", "train-qlora", "train-lora-full", "train-qlora-full")
+RECOMPUTE = {"none": ["--recompute", "none"], "full": ["--recompute", "full", "--peer_checkpointing"]}
+TRAIN = {  # part -> arguments of `bench train`
+    "train-lora": ["--tuner", "lora"],
+    "train-qlora": ["--tuner", "qlora"],
+    "train-lora-none": ["--tuner", "lora", *RECOMPUTE["none"]],
+    "train-qlora-none": ["--tuner", "qlora", *RECOMPUTE["none"]],
+    "train-lora-full": ["--tuner", "lora", *RECOMPUTE["full"]],
+    "train-qlora-full": ["--tuner", "qlora", *RECOMPUTE["full"]],
+    "train-qlora-7b": ["--tuner", "qlora", "--shape", "7b", *RECOMPUTE["full"]],
+}
 FIRST = ("varlen", "nf4", "nf4_linear", "paged", "lora_linear", "linear_cross_entropy")  # ops, by what hangs on them
 
 
@@ -60,9 +73,7 @@ def command(part: str) -> list[str]:
         runs = (shlex.join([tool, "--tool", kind, *options, *check]) for kind in ("memcheck", "racecheck"))
         return ["bash", "-c", f"export PYTORCH_NO_CUDA_MEMORY_CACHING=1; {' && '.join(runs)}"]
     if part in TRAIN:
-        tuner, full = part.split("-")[1], part.endswith("-full")
-        extra = ["--recompute", "full", "--peer_checkpointing"] if full else []
-        return [*python, "swiftk.bench", "train", "--device", "cuda", "--tuner", tuner, *extra, "--save"]
+        return [*python, "swiftk.bench", "train", "--device", "cuda", *TRAIN[part], "--save"]
     if part == "decode":
         return [*python, "swiftk.bench", "decode", "--device", "cuda", "--save"]
     return [*python, "swiftk.bench", "kernels", "--device", "cuda", "--only", part.removeprefix("bench-"), "--save"]

@@ -96,11 +96,16 @@ def training_markdown(results: list[dict[str, Any]]) -> str:
     head = ["step", "rows", "padding of the peer", "tokens/s", "of the matmul floor", "peak MiB (peer)"]
     head += ["peer's time / ours", "self-pair"]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for r in (record for result in results for record in result["training"]):
+    for of, r in ((result, record) for result in results for record in result["training"]):
         ours, peer = r["swiftk"], r.get("peer", {})
+        step = [r["tuner"]]
+        if of.get("shape", "small") != "small":
+            step.append(of["shape"])
+        if of["recompute"] != "selective":
+            step.append(f"recompute {of['recompute']}{' by both' if of.get('peer_checkpointing') else ''}")
         spread = f"{min(r['ratio_steps']):.2f} .. {max(r['ratio_steps']):.2f}" if peer else ""
         memory = f"{ours['peak_mib'] or 0:.0f}" + (f" ({peer['peak_mib'] or 0:.0f})" if peer else "")
-        cells = [r["tuner"], r["rows"], f"{100 * r['padding']:.0f} %", f"{ours['tokens_per_s']:.0f}"]
+        cells = [", ".join(step), r["rows"], f"{100 * r['padding']:.0f} %", f"{ours['tokens_per_s']:.0f}"]
         against = f"{r['peer_name']} {r['ratio']:.2f}x ({spread})" if peer else ""
         cells += [f"{ours['percent_of_floor']:.0f} %", memory, against, f"{100 * r['self_spread']:.0f} %"]
         lines.append("| " + " | ".join(cells) + " |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -12,7 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from swiftk.benchmarks import gpu
+from swiftk.benchmarks import bench_train, gpu
+from swiftk.benchmarks.harness import Options
+from swiftk.benchmarks.report import training_markdown
+from swiftk.config import TunerConfig
+from swiftk.model.adapter import resolve
+from swiftk.model.parameters import param_specs
+from swiftk.parallel.mesh import Mesh
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ["linear", "nf4", "rms_norm", "varlen"]
@@ -49,7 +56,7 @@ def test_all_parts_in_order_and_again_from_where_it_stopped(machine, capsys):
     machine["clock"] = 0.0
     machine["seconds"] = 1.0
     assert start(machine) == 1
-    rest = ["train-qlora", "train-lora-full", "train-qlora-full", "decode", *(f"bench-{k}" for k in ("varlen", "nf4"))]
+    rest = [*list(gpu.TRAIN)[1:], "decode", *(f"bench-{k}" for k in ("varlen", "nf4"))]
     assert machine["ran"][4:] == ["build", *rest, "bench-linear", "bench-rms_norm"]
     assert "failed: bench-varlen" in capsys.readouterr().err
     machine["codes"].clear()
@@ -92,6 +99,35 @@ def test_a_part_that_takes_too_long_or_cannot_start_is_a_failure(monkeypatch, tm
             time.sleep(0.05)
     monkeypatch.setattr(gpu, "command", lambda part: [str(tmp_path / "missing")])
     assert gpu.run_part("test", tmp_path)["exit"] == 127
+
+
+def test_training_steps_of_all_parts_are_kept_apart(monkeypatch):
+    """Each part's arguments as `bench train` takes them, up to what is measured."""
+    kept, settings = {}, []
+
+    def measure(rows, setting, timed, memory):
+        settings.append((setting.config, setting.tuner, setting.recompute, setting.peer_checkpointing))
+        step = {"peak_mib": 9.0, "tokens_per_s": 1.0, "percent_of_floor": 1.0}
+        return {"tuner": setting.tuner, "rows": rows, "swiftk": step, "padding": 0.0, "self_spread": 0.0}
+
+    monkeypatch.setattr(bench_train, "measure", measure)
+    monkeypatch.setattr(bench_train, "candidates_of", lambda setting, against: {})
+    monkeypatch.setattr(bench_train, "show", lambda record: "")
+    for arguments in gpu.TRAIN.values():
+        bench_train.run(Options(device="cuda", dtypes=("bfloat16",)), arguments, kept.__setitem__)
+    assert list(kept) == [*list(gpu.TRAIN)[:-1], "train-qlora-full-7b"] and len(settings) == 2 * len(kept)
+    assert (bench_train.EIGHT_B, "lora", "none", False) in settings and (bench_train.SEVEN_B, "qlora", "full", True) in settings
+    table = training_markdown([found | {"commit": "abc", "environment": {"threads": 1}} for found in kept.values()])
+    for step in ("lora, 8b", "lora, 8b, recompute none", "qlora, 7b, recompute full by both"):
+        assert table.count(f"| {step} | rows of 2048 |") == 1, step
+
+
+def test_the_shapes_have_the_published_sizes():
+    def weights(config):
+        specs = param_specs(config, Mesh.single(), resolve(config, TunerConfig(tuner_type="full")))
+        return sum(math.prod(spec.shape) for spec in specs.values())
+
+    assert weights(bench_train.SEVEN_B) == 6_738_415_616 and weights(bench_train.EIGHT_B) == 8_030_261_248
 
 
 def test_every_part_has_a_command():
