@@ -342,8 +342,8 @@ def random_requests(sizes: Sizes, first: int) -> tuple[list[list[int]], list[int
 
 @torch.no_grad()
 def check_trainer(engine: Engine) -> None:
-    """The log-probabilities of a greedy text are those of the trainer's forward on it, bit for bit; on a GPU, where paged and
-    packed attention have other tiles, to 0.1."""
+    """The log-probabilities of a greedy text are those of the trainer's forward on it, bit for bit; to 0.1 on a GPU unless
+    numerics is "invariant"."""
     (prompt,) = random_prompts(engine.config, [21])
     done = serve(engine, [prompt], [9], logprobs=0)
     tokens = prompt + done.tokens[0]
@@ -353,7 +353,8 @@ def check_trainer(engine: Engine) -> None:
     hidden = model(ids[:-1], torch.arange(len(ids) - 1, device=model.device), cu_seqlens)
     expected = token_logprobs(hidden, model.head().weight, ids[1:], numerics=model.numerics)[len(prompt) - 1 :].cpu()
     found = torch.tensor(done.logprobs[0], dtype=expected.dtype)
-    equal = (found - expected).abs().max() < 0.1 if model.device.type == "cuda" else torch.equal(found, expected)
+    close = model.device.type == "cuda" and model.numerics == "auto"
+    equal = (found - expected).abs().max() < 0.1 if close else torch.equal(found, expected)
     assert equal, f"the decoder's log-probabilities {found} are not the trainer's {expected}"
 
 

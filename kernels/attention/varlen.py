@@ -28,7 +28,8 @@ from swiftk.kernels._checks import check_floating, check_isa, check_shape, check
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import on_gpu, register_cuda
 from swiftk.kernels.attention._foreign import BACKENDS, foreign_attention
-from swiftk.kernels.attention._varlen_triton import attention_backward_triton, attention_triton
+from swiftk.kernels.attention._varlen_backward_triton import attention_backward_triton
+from swiftk.kernels.attention._varlen_triton import attention_triton
 
 REFERENCE = "swiftk.kernels.attention.varlen.varlen_attention_ref"
 

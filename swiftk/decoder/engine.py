@@ -74,7 +74,7 @@ class Engine:
         isa: of the CPU kernels. A live model's own is used where it is given as "auto".
         device: of a directory: "auto" (a GPU where torch sees one), "cpu" or "cuda". A live model is where it is.
         numerics: of a directory's products on a GPU: "auto", or "invariant": then a request's tokens and log-probabilities do
-            not depend on the batch there either (they are close to the trainer's, docs/numerics.md).
+            not depend on the batch there either, and are those of a trainer with numerics="invariant" (docs/numerics.md).
     Raises: ValueError for what does not fit together or into memory, before anything is loaded.
     """
 

@@ -10,8 +10,7 @@ the trainer casts at use (fp32 masters under a bf16 compute dtype), and DoRA's n
 The launches of all blocks are recorded once per (rows, sequences, ...) on a tape (csrc/tape.h) and run again from C++: what
 changes from step to step lies in buffers of fixed addresses. On a GPU CUDA graphs take the tapes' place: rows and sequences are
 padded to a few sizes, by rows that write to no slot and sequences without queries, and what a step brings travels in one copy.
-There the numbers of a row are those of its own only with numerics="invariant", and the trainer's up to the rounding of
-attention, whose tiles differ (docs/numerics.md).
+There the numbers of a row are the trainer's, and those of its own, only with numerics="invariant" (docs/numerics.md).
 Several adapters in one step: per linear their A are one matrix and their B another, a row's products with those of others
 are zeroed (kernels/lora_linear.py).
 """

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from swiftk.kernels.attention import paged
+from swiftk.kernels.attention import _paged_triton, _varlen_tiles, paged, varlen_attention
 from swiftk.kernels.attention.paged import paged_attention, paged_attention_out, paged_attention_ref, store_kv_, store_kv_out
 from swiftk.testing.accuracy import assert_accurate
 from tests.kernels.test_paged import make, offsets
@@ -29,8 +29,9 @@ CASES = [
 @pytest.fixture(autouse=True)
 def small_splits(monkeypatch):
     """Several splits of several tiles of keys for sequences of a hundred."""
-    tile = paged._tile
-    monkeypatch.setattr(paged, "_tile", lambda *args: tile(*args) | {"KEYS": 16, "SPLIT": 32})
+    tile, small = _paged_triton._tile, dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=2)
+    monkeypatch.setattr(_paged_triton, "_tile", lambda *args: tile(*args) | {"KEYS": 16, "SPLIT": 32})
+    monkeypatch.setattr(_varlen_tiles, "blocks", lambda *args: small)
 
 
 def on(device, case, dtype):
@@ -43,7 +44,7 @@ def on(device, case, dtype):
 
 
 def walk(monkeypatch, walks: bool) -> None:
-    monkeypatch.setattr(paged, "PROGRAMS", 0 if walks else 1 << 30)
+    monkeypatch.setattr(_paged_triton, "PROGRAMS", 0 if walks else 1 << 30)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,21 +65,31 @@ def test_values_and_that_merged_programs_are_one_that_walks(case, dtype, device,
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16 if ON_CUDA else torch.float32], ids=str)
-def test_a_prefill_in_any_chunks(dtype, device):
-    """A query's row has the same bits in a prefill, in chunks of it, decoded alone, and beside another sequence."""
-    q, cache, cu_q, _ = on(device, ([20, 9], [50, 40], 2, 1, 16, 16, (-1, -1), 0.0, False), dtype)
-    k_cache, v_cache, table, _ = cache
-    options = dict(window_size=(40, -1), return_lse=True, numerics="invariant")
+@pytest.mark.parametrize("case", [
+    ([20, 9], [50, 40], 2, 1, 16, 16, (40, -1), 0.0, False), ([20, 3], [50, 40], 2, 2, 24, 7, (-1, -1), 3.0, True),
+], ids=["window", "sinks"])  # fmt: skip
+def test_a_prefill_in_any_chunks_has_the_bits_of_varlen_attention(case, dtype, device):
+    """A query's row has the same bits in a prefill, in chunks of it, decoded alone, beside another sequence, and where its keys
+    lie in a pack."""
+    q, cache, cu_q, options = on(device, case, dtype)
+    (first_q, second_q), (first_k, second_k) = case[0], case[1]
+    k_cache, v_cache, table, lens = cache
+    options |= dict(return_lse=True)
     with operators_take(dtype), dots_like_a_gpus():
-        out, lse = paged_attention(q, *cache, cu_q, **options)
-        for i, (first, last) in enumerate(itertools.pairwise([0, 1, 3, 20])):
-            beside = [9, 1, 0, 3][i % 4]  # queries of the other sequence in this step; its length shrinks with them
-            rows = torch.cat([q[20 : 20 + beside], q[first:last]])
-            lens = torch.tensor([31 + beside, 30 + last], dtype=torch.int32, device=device)
+        k, v = (paged.gather_ref(x, table, lens) for x in (k_cache, v_cache))
+        out, lse = varlen_attention(q, k, v, cu_q, offsets([first_k, second_k]).to(device), causal=True, **options)
+        options |= dict(numerics="invariant")
+        for got, want in zip(paged_attention(q, *cache, cu_q, **options), (out, lse), strict=True):
+            assert torch.equal(got, want)
+        begin = first_k - first_q
+        for i, (first, last) in enumerate(itertools.pairwise([0, 1, 3, first_q])):
+            beside = [second_q, 1, 0, 3][i % 4]  # queries of the other sequence in this step; its length shrinks with them
+            rows = torch.cat([q[first_q : first_q + beside], q[first:last]])
+            seqlens = torch.tensor([second_k - second_q + beside, begin + last], dtype=torch.int32, device=device)
             cu = offsets([beside, last - first]).to(device)
-            part = paged_attention(rows, k_cache, v_cache, table[[1, 0]], lens, cu, **options)
+            part = paged_attention(rows, k_cache, v_cache, table[[1, 0]], seqlens, cu, **options)
             assert torch.equal(part[0][beside:], out[first:last]) and torch.equal(part[1][:, beside:], lse[:, first:last])
-            assert torch.equal(part[0][:beside], out[20 : 20 + beside])
+            assert torch.equal(part[0][:beside], out[first_q : first_q + beside])
 
 
 @pytest.mark.parametrize("walks", [False, True])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from swiftk.kernels._triton import jit, launch, tl
-from swiftk.kernels.attention import _varlen_triton, segment_attention, segment_attention_backward, varlen_attention
+from swiftk.kernels.attention import _varlen_tiles, segment_attention, segment_attention_backward, varlen_attention
 from swiftk.kernels.attention.varlen import attention_backward_out, attention_out, varlen_attention_ref
 from swiftk.testing.accuracy import assert_accurate, error
 from tests.triton.conftest import ON_CUDA
@@ -44,7 +44,7 @@ LONG = [
 def _blocks(request, monkeypatch):
     if request.param == "small":
         small = dict(BLOCK_M=32, BLOCK_N=16, num_warps=4, num_stages=2)
-        monkeypatch.setattr(_varlen_triton, "blocks", lambda *args: small)
+        monkeypatch.setattr(_varlen_tiles, "blocks", lambda *args: small)
 
 
 def offsets(lens, device):
@@ -169,7 +169,7 @@ def test_strided_inputs_no_tokens_no_documents(device):
 @jit
 def _found(document, block, cu, tiles, documents, GROUP: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
     i = tl.program_id(0)
-    of, at = _varlen_triton._find(cu, tl.load(tiles + i), documents, GROUP, BLOCK, STEPS)
+    of, at = _varlen_tiles.find_tile(cu, tl.load(tiles + i), documents, GROUP, BLOCK, STEPS)
     tl.store(document + i, of)
     tl.store(block + i, at)
 
@@ -184,7 +184,7 @@ def test_the_document_of_a_block(documents, device):
     got = torch.full((2, len(tiles)), -1, dtype=torch.int32, device=device)
     launch(
         _found, (len(tiles),), *got, cu, torch.tensor(tiles, dtype=torch.int32, device=device), documents, GROUP=group,
-        BLOCK=block, STEPS=_varlen_triton._steps(documents),
+        BLOCK=block, STEPS=_varlen_tiles.steps_of(documents),
     )  # fmt: skip
     want = [bisect.bisect_right(first, tile) - 1 for tile in tiles]
     assert got.tolist() == [want, [tile - first[i] for tile, i in zip(tiles, want, strict=True)]]
