@@ -17,7 +17,7 @@ import torch
 from swiftk.kernels._checks import check_floating, refuse_double_backward
 from swiftk.kernels._low_rank import Mask, adapted_norm, base_product, low_rank, mask_blocks, rank_gram, rank_update
 from swiftk.kernels._native import acc_dtype
-from swiftk.kernels._triton import on_gpu
+from swiftk.kernels._triton import debug, on_gpu
 from swiftk.kernels.dropout import Dropout, dropout_keys
 from swiftk.kernels.linear import vendor_mm, with_rows
 from swiftk.kernels.lora_linear import Adapter, check_lora, scales_of
@@ -62,6 +62,8 @@ class KeptRows:
         self.rows, self.index, self.keep, self.bad = len(labels), None, None, None
         if on_gpu(labels):
             self.keep, self.bad = keep, bad
+            if bad is not None and debug():  # here, since a kernel sees a shard or a buffer of the vocabulary, never its size
+                torch._assert_async(~bad.any(), f"{op}: labels has an id outside of the vocabulary, whose size is {vocab_size}")
             return
         if bad is not None and bad.any():
             at = int(bad.nonzero()[0])

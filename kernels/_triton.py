@@ -38,6 +38,11 @@ def on_gpu(x: torch.Tensor) -> bool:
     return x.is_cuda or INTERPRETED
 
 
+def debug() -> bool:
+    """Whether values are asserted on the device: TRITON_DEBUG=1, which `tl.device_assert` obeys by itself."""
+    return triton is not None and triton.knobs.runtime.debug
+
+
 def tl_acc(dtype: torch.dtype) -> Any:
     """The dtype that a kernel computes in: fp32, or fp64 for fp64."""
     return tl.float64 if dtype == torch.float64 else tl.float32

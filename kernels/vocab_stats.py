@@ -14,7 +14,8 @@ Forward: one product, W read once per 4096 rows, 32 MiB of logits at a time (CUD
 Rows whose label is ignore_index are never multiplied; on CUDA, where nobody may ask how many there are, they are multiplied
 as zeros. A head that does not require a gradient costs no dW.
 The head may be NF4 (frozen; a slice at a time is dequantised for dX) and adapted by LoRA or DoRA: swiftk.kernels._head.
-On CUDA a label outside the vocabulary is no error but a NaN loss: finding it would wait for the device.
+On CUDA a label outside the vocabulary is no error but a NaN loss: finding it would wait for the device (TRITON_DEBUG=1: an
+assertion on the device).
 Not supported: a bias of the head, several adapters of the head, infinite logits (they give NaN).
 """
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from swiftk.kernels import _head, vocab_stats
+from swiftk.kernels import _head, _triton, vocab_stats
 from swiftk.kernels import linear_cross_entropy as module
 from swiftk.kernels.dropout import Dropout
 from swiftk.kernels.linear_cross_entropy import (
@@ -94,6 +94,20 @@ def test_a_label_outside_is_nan_not_a_number(mode, device):
     y[3] = 300
     loss, _ = linear_cross_entropy(x.requires_grad_(), w, y, mode=mode)
     assert loss.isnan()
+
+
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="an assertion on a device ends the process's use of it")
+@pytest.mark.parametrize("op", [linear_cross_entropy, token_logprobs, vocab_stats.vocab_stats])
+def test_a_label_outside_is_asserted_in_debug_mode(op, device, monkeypatch):
+    x, w, y, _ = make(6, 8, 300, torch.float32, device)
+    monkeypatch.setattr(_triton.triton.knobs.runtime, "debug", True)
+    y[0] = IGNORE
+    for bad in (300, -1):
+        y[3] = 299
+        op(x, w, y)
+        y[3] = bad
+        with pytest.raises(RuntimeError, match=f"{op.__name__}: labels has an id outside of the vocabulary, whose size is 300"):
+            op(x, w, y)
 
 
 def test_stats_and_correct(device):
