@@ -31,6 +31,8 @@ def cases(options: Options) -> Iterator[Case]:
         for batch, context in ((32, 4096), (1, 4096), (64, 1024), (8, 32768)):
             yield case(batch, context, 1, GPU_HEADS, torch.bfloat16, options)
         yield case(1, 4096, 512, GPU_HEADS, torch.bfloat16, options)
+        for batch in (32, 1):
+            yield case(batch, 4096, 1, GPU_HEADS, torch.bfloat16, options, "invariant")
         return
     for dtype in (torch.float32, torch.bfloat16):
         if options.quick:
@@ -43,7 +45,10 @@ def cases(options: Options) -> Iterator[Case]:
             yield case(1, 2048, 512, heads, dtype, options)
 
 
-def case(batch: int, context: int, queries: int, shape: tuple[int, int, int], dtype: torch.dtype, options: Options) -> Case:
+def case(
+    batch: int, context: int, queries: int, shape: tuple[int, int, int], dtype: torch.dtype, options: Options,
+    numerics: str = "auto",
+) -> Case:  # fmt: skip
     """The last `queries` tokens of `batch` sequences of `context` tokens."""
     heads, kv_heads, dim = shape
     device = options.device
@@ -65,7 +70,7 @@ def case(batch: int, context: int, queries: int, shape: tuple[int, int, int], dt
 
     def ours():
         k, v = next(turn)
-        paged_attention_out(q, k, v, table, lens, cu_q, None, dim**-0.5, 0.0, -1, 0, out, None, options.isa)
+        paged_attention_out(q, k, v, table, lens, cu_q, None, dim**-0.5, 0.0, -1, 0, out, None, options.isa, numerics)
         return out
 
     def sdpa():
@@ -82,7 +87,7 @@ def case(batch: int, context: int, queries: int, shape: tuple[int, int, int], dt
         assert_accurate(y[: len(x)], sdpa().transpose(1, 2).reshape(q.shape)[: len(x)], exact, "beside sdpa")
 
     seen = sum(context - queries + i + 1 for i in range(queries))  # keys of all queries of a sequence
-    work = "decode" if queries == 1 else f"prefill {queries}"
+    work = ("decode" if queries == 1 else f"prefill {queries}") + (" invariant" if numerics == "invariant" else "")
     return Case(
         op="paged", name=f"{work} batch {batch} context {context} {heads}/{kv_heads} x {dim}", dtype=dtype,
         run=ours, check=check,
