@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from swiftk.kernels import _head, _triton, vocab_stats
+from swiftk.kernels import _head, _low_rank, _triton, vocab_stats
 from swiftk.kernels import linear_cross_entropy as module
 from swiftk.kernels.dropout import Dropout
 from swiftk.kernels.linear_cross_entropy import (
@@ -50,7 +50,7 @@ def small_blocks(monkeypatch):
     for m, name, size in (
         (module, "BLOCK_ROWS", 4), (vocab_stats, "BLOCK_ROWS", 4), (module, "CUDA_TRAINED_ROWS", 4),
         (module, "CUDA_LABEL_ROWS", 3), (_head, "CUDA_BUFFER_BYTES", 4 * _head.STEP * 4),
-        (vocab_stats, "logits_ref", logits_ref_in_blocks),
+        (vocab_stats, "logits_ref", logits_ref_in_blocks), (_low_rank, "TRITON_ROWS", 64),
     ):  # fmt: skip
         monkeypatch.setattr(m, name, size)
 
