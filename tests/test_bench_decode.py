@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from swiftk.benchmarks import bench_decode, decode_peers, decode_variants, report
-from swiftk.benchmarks.bench_decode import QUICK, TINY, Bench
+from swiftk.benchmarks import bench_decode, decode_measure, decode_peers, decode_variants, report
+from swiftk.benchmarks.decode_measure import QUICK, TINY, Bench
 from swiftk.benchmarks.harness import Limits, Options
 from swiftk.model.adapter import resolve
 from swiftk.model.parameters import param_specs
@@ -72,43 +72,43 @@ def test_one_set_of_weights_is_checked_against_transformers(tmp_path):
     with torch.no_grad():
         peer.model.model.layers[1].mlp.up_proj.weight[:40] *= 2
     with pytest.raises(AssertionError, match=r"from transformers'|greedy text"):
-        bench_decode.check_transformers(one.engine(one.model(TINY), 128), peer)
+        decode_measure.check_transformers(one.engine(one.model(TINY), 128), peer)
 
 
 def test_llama_cpp_has_our_weights_in_q4_0(tmp_path, monkeypatch):
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
     one = bench(tmp_path)
-    bench_decode.check_llama(one)
+    decode_measure.check_llama(one)
     peer = one.llama()
     assert peer.facts == {"llama.cpp Q4_0": "16 tensors, 0.5 MB (embedding and head apart)"}
     done = peer.generate([1, 2, 3], 4)
     assert len(done.tokens[0]) == len(done.stamps[0]) == 4
     assert done.tokens[0][0] == int(peer.logits([1, 2, 3]).argmax())
     peer.close()
-    monkeypatch.setattr(bench_decode, "q4_0_values", lambda p: p.roll(1, 0))  # other weights on our side
+    monkeypatch.setattr(decode_measure, "q4_0_values", lambda p: p.roll(1, 0))  # other weights on our side
     with pytest.raises(AssertionError, match="have a cosine of"):
-        bench_decode.check_llama(one)
+        decode_measure.check_llama(one)
 
 
 def test_other_logprobs_than_the_trainers_are_noticed(tmp_path, monkeypatch):
     one = bench(tmp_path)
     engine = one.engine(one.model(TINY), 64)
-    bench_decode.check_trainer(engine)
-    served = bench_decode.serve
+    decode_measure.check_trainer(engine)
+    served = decode_measure.serve
 
     def in_one_bit(*args, **more):
         done = served(*args, **more)
         done.logprobs[0][3] *= 1 + 2e-7
         return done
 
-    monkeypatch.setattr(bench_decode, "serve", in_one_bit)
+    monkeypatch.setattr(decode_measure, "serve", in_one_bit)
     with pytest.raises(AssertionError, match="not the trainer's"):
-        bench_decode.check_trainer(engine)
+        decode_measure.check_trainer(engine)
 
 
 def test_bytes_and_flops_are_those_of_the_shapes():
-    specs = param_specs(TINY, Mesh.single(), resolve(TINY, bench_decode.PLAIN))
+    specs = param_specs(TINY, Mesh.single(), resolve(TINY, decode_measure.PLAIN))
     elements = sum(s.shape[0] * s.shape[1] for s in specs.values() if len(s.shape) == 2)  # a tied head is the embedding
     assert bench_decode.matrix_elements(TINY) == elements
     assert bench_decode.weight_bytes(TINY, torch.bfloat16, False) == 2 * elements
@@ -137,19 +137,19 @@ def test_products_by_torch_give_the_same_text_in_their_own_bits(choice, monkeypa
     one, calls = bench(tmp_path), []
     plain, other = (one.engine(one.model(TINY), 64, 2) for _ in range(2))
     prompts, new = [[1, 2, 3], [9, 8]], [6, 6]
-    expected = bench_decode.serve(plain, prompts, new)
+    expected = decode_measure.serve(plain, prompts, new)
     mm = torch.mm
     monkeypatch.setattr(torch, "mm", lambda *a, **k: calls.append(1) or mm(*a, **k))
     for _ in range(2):  # recorded, then run again
         before = len(calls)
         with decode_variants.vendor_products(choice):
-            assert bench_decode.serve(other, prompts, new).tokens == expected.tokens
+            assert decode_measure.serve(other, prompts, new).tokens == expected.tokens
         if choice is None:
             assert len(calls) - before >= 15 * 6  # 14 linears and the head, each step
     if choice is not None:
         assert {key[1:] for key in choice} == {(256, 256), (128, 256)}  # of each weight's shape
     before = len(calls)
-    assert bench_decode.serve(plain, prompts, new).tokens == expected.tokens and len(calls) == before
+    assert decode_measure.serve(plain, prompts, new).tokens == expected.tokens and len(calls) == before
 
 
 def test_unknown_works_and_dtypes_are_named(capsys):
