@@ -8,6 +8,8 @@ import pytest
 
 from tests.decoder.tiny import write_adapter, write_checkpoint
 
+pytest.register_assert_rewrite("tests.decoder.world")  # whose checks then say what they saw
+
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Path:
