@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 __version__: str
+__sources__: str
 _Product = tuple[tuple[int, int], tuple[int, int], int, int, int, tuple[int, int], int]  # s, t, J, scale, bias, y, N
 # codes, absmax, blocksize, s, t, rank, scale, bias, y, N
 _Nf4OnGpu = tuple[

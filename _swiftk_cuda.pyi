@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 __version__: str
+__sources__: str
 _Scales = tuple[int, int, int, int, int, int]  # kind, address, row stride; nested: code_map, absmax, offset
 # codes, absmax, blocksize, s, t, rank, scale, bias, y, N
 _Nf4OnGpu = tuple[

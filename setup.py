@@ -11,6 +11,7 @@ ninja's place, which compile every source each time.
 """
 
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -111,6 +112,12 @@ def sources(pattern: str) -> list[str]:
     return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob(pattern))
 
 
+def digest() -> str:
+    """Of everything below csrc, as kernels/_native.py has it of the sources that it finds."""
+    files = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".inc", ".cpp", ".cu"))
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:16]
+
+
 def shell_quote(path) -> str:
     return '"' + str(path) + '"'
 
@@ -131,13 +138,16 @@ class NinjaBuild(build_ext):
             raise SystemExit("swiftk: the C++ kernels build with GCC or Clang on Linux; macOS is not supported yet")
         cxx = os.environ.get("CXX", "g++")
         compilers = {"cc": f"{cxx} {' '.join(flags)}"}
+        compilers["bind"] = f'{compilers["cc"]} -DSWIFTK_SOURCES=\\"{digest()}\\"'  # of another command, so built again
         linker = f"{cxx} {' '.join(LINK_FLAGS)}"
         if any(source.endswith(".cu") for source in ext.sources):
             nvcc = shell_quote(find_nvcc())
             compilers["cu"] = " ".join([nvcc, *NVCC_FLAGS, *cuda_archs(), f"-I{shell_quote(ROOT / 'csrc')}"])
             linker = f"{nvcc} -shared -cudart=static"
         objects = {  # the longest first: none is left to wait for
-            Path(s).with_suffix(".o").as_posix().replace("/", "_"): ("cu" if s.endswith(".cu") else "cc", ROOT / s)
+            Path(s).with_suffix(".o").as_posix().replace("/", "_"): (
+                "cu" if s.endswith(".cu") else "bind" if Path(s).name.startswith("bindings") else "cc", ROOT / s,
+            )
             for s in sorted(ext.sources, key=compile_time, reverse=True)
         }
         library = f"{ext.name}.so"

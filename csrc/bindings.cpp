@@ -15,6 +15,7 @@ SWIFTK_OPS(SWIFTK_DECLARE)
 PYBIND11_MODULE(_swiftk_C, m) {
   using namespace swiftk;
   m.attr("__version__") = SWIFTK_VERSION;
+  m.attr("__sources__") = SWIFTK_SOURCES;
   m.def("best_isa", [] {
     switch (best_isa()) {
       case Isa::avx512: return "avx512";

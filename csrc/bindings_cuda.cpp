@@ -9,6 +9,7 @@ using namespace swiftk::gpu;
 
 PYBIND11_MODULE(_swiftk_cuda, m) {
   m.attr("__version__") = SWIFTK_VERSION;
+  m.attr("__sources__") = SWIFTK_SOURCES;
   m.def(
       "nf4_dequantize",
       [](uintptr_t codes, int64_t ld_codes, const ScaleArgs& scales, int64_t rows, int64_t cols, int64_t blocksize, bool wide,

@@ -2,14 +2,16 @@
 dtype code, a stream.
 
 They include no torch header, so one build serves every torch. They are looked up on the first native call, not at import: a
-missing build is one error that says what to run, and never a slower path.
+missing build is one error that says what to run, and never a slower path. So is one of other sources than lie beside this file.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,33 +23,40 @@ ISAS = ("auto", "avx512", "avx2", "portable")
 
 @functools.cache
 def native() -> types.ModuleType:
-    """The module `_swiftk_C`; ImportError with the next step where it is missing or of another version."""
+    """The module `_swiftk_C`; ImportError with the next step where it is missing, of another version or of other sources."""
+    build = "build it with `make build`, or `pip install -e .` in the source tree"
     try:
         import _swiftk_C
     except ImportError as error:
-        raise ImportError(
-            f"swiftk: the compiled kernels (_swiftk_C) cannot be imported ({error}); "
-            "build them with `make build`, or `pip install -e .` in the source tree"
-        ) from error
-    if _swiftk_C.__version__ != VERSION:
-        raise ImportError(
-            f"swiftk: _swiftk_C has version {_swiftk_C.__version__}, wants {VERSION}; "
-            "rebuild it with `make build`, or `pip install -e .` in the source tree"
-        )
+        raise ImportError(f"swiftk: the compiled kernels (_swiftk_C) cannot be imported ({error}); {build}") from error
+    _check(_swiftk_C, build)
     return _swiftk_C
 
 
 @functools.cache
 def native_cuda() -> types.ModuleType:
-    """The module `_swiftk_cuda`; ImportError with the next step where it is missing or of another version."""
+    """The module `_swiftk_cuda`; ImportError with the next step where it is missing, of another version or of other sources."""
     build = "build it, with nvcc: `SWIFTK_CUDA=1 python setup.py build_ext --inplace`, or `SWIFTK_CUDA=1 pip install -e .`"
     try:
         import _swiftk_cuda
     except ImportError as error:
         raise ImportError(f"swiftk: there is no GPU build, _swiftk_cuda cannot be imported ({error}); {build}") from error
-    if _swiftk_cuda.__version__ != VERSION:
-        raise ImportError(f"swiftk: _swiftk_cuda has version {_swiftk_cuda.__version__}, wants {VERSION}; {build}")
+    _check(_swiftk_cuda, build)
     return _swiftk_cuda
+
+
+def _check(module: Any, build: str) -> None:
+    if module.__version__ != VERSION:
+        raise ImportError(f"swiftk: {module.__name__} has version {module.__version__}, wants {VERSION}; {build}")
+    csrc = Path(__file__).resolve().parent.parent / "csrc"  # in a source tree; a wheel has none
+    if csrc.is_dir() and getattr(module, "__sources__", "") != digest(csrc):
+        raise ImportError(f"swiftk: {module.__name__} was built of other sources than lie in {csrc}; {build}")
+
+
+def digest(csrc: Path) -> str:
+    """Of all sources, as setup.py has it, which cannot import this file."""
+    files = sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".inc", ".cpp", ".cu"))
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:16]
 
 
 def on_stream(f: Callable[..., None], device: torch.device, *args: Any) -> None:

@@ -6,12 +6,14 @@ import ctypes
 import importlib.util
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import setuptools
 
 from swiftk.benchmarks import compile_gpu
+from swiftk.kernels import _native
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,6 +46,18 @@ def test_headers_of_pybind11_come_from_torch_where_it_is_not_installed(build, mo
         build.find_pybind11()
 
 
+def test_a_build_of_other_sources_is_refused(build, monkeypatch):
+    """Those that lie in the tree; a wheel has none, and takes what was built with it."""
+    assert build.digest() == _native.digest(ROOT / "csrc") == _native.native().__sources__
+    head = {"__name__": "_swiftk_cuda", "__version__": _native.VERSION}
+    for loaded in (types.SimpleNamespace(**head, __sources__="0" * 16), types.SimpleNamespace(**head)):
+        monkeypatch.setitem(sys.modules, "_swiftk_cuda", loaded)
+        with pytest.raises(ImportError, match=r"_swiftk_cuda was built of other sources than lie in .*; build it, with nvcc"):
+            _native.native_cuda.__wrapped__()
+    monkeypatch.setattr(_native, "__file__", str(ROOT / "docs" / "swiftk" / "kernels" / "_native.py"))
+    assert _native.native_cuda.__wrapped__() is loaded
+
+
 def test_ninja_is_the_package_or_the_one_in_path_or_none(build, monkeypatch, tmp_path):
     path = program(tmp_path, "ninja")
     monkeypatch.setitem(sys.modules, "ninja", None)
@@ -59,9 +73,10 @@ def test_ninja_and_threads_build_the_same(build, monkeypatch, tmp_path, threads)
     root = tmp_path / "a folder"
     (root / "csrc").mkdir(parents=True)
     (root / "csrc" / "one.cpp").write_text('extern "C" __attribute__((visibility("default"))) int one() { return 1; }')
-    (root / "csrc" / "two.cpp").write_text(
+    (root / "csrc" / "bindings.cpp").write_text(
         '#include <cstring>\nextern "C" int one();\n'
-        'extern "C" __attribute__((visibility("default"))) int size() { return one() + std::strlen(SWIFTK_VERSION); }'
+        'extern "C" __attribute__((visibility("default"))) int size() { return one() + std::strlen(SWIFTK_VERSION); }\n'
+        'extern "C" __attribute__((visibility("default"))) const char* made_of() { return SWIFTK_SOURCES; }'
     )
     monkeypatch.setattr(build, "ROOT", root)
     if threads:
@@ -75,7 +90,12 @@ def test_ninja_and_threads_build_the_same(build, monkeypatch, tmp_path, threads)
         return command.get_ext_fullpath("_tiny")
 
     assert ctypes.CDLL(run()).size() == 1 + len(build.VERSION)
-    (root / "csrc" / "two.cpp").write_text("no C++")
+    (root / "csrc" / "one.cpp").write_text('extern "C" __attribute__((visibility("default"))) int one() { return 2; }')
+    (path := tmp_path / "again.so").write_bytes(Path(run()).read_bytes())  # a library of the same path is not loaded again
+    again = ctypes.CDLL(str(path))
+    again.made_of.restype = ctypes.c_char_p
+    assert again.size() == 2 + len(build.VERSION) and again.made_of().decode() == _native.digest(root / "csrc")
+    (root / "csrc" / "bindings.cpp").write_text("no C++")
     with pytest.raises(build.subprocess.CalledProcessError):
         run()
 
