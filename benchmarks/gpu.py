@@ -17,8 +17,9 @@ JSON each.
     decode        the decoder at an 8B shape
 
 Without a part: all of them in this order, or as many as the budget has time for; a part whose JSON is of this very commit and
-without a failure is passed over, so that the command goes on where it stopped. The build comes first in every case, and
-nothing after it where it fails. Exit code 0: everything is done and has passed; 3: parts are left.
+without a failure is passed over, so that the command goes on where it stopped. The build comes first where the modules are
+not those of the sources, and nothing after it where it fails. Exit code 0: everything is done and has passed; 3: parts are
+left.
 """
 
 from __future__ import annotations
@@ -110,6 +111,12 @@ def run_part(part: str, root: Path) -> dict[str, Any]:
     return {"part": part, "exit": code, "seconds": round(time.monotonic() - begin, 1), "output": lines[-60:]}
 
 
+def is_built(root: Path) -> bool:
+    """Whether both modules can be imported and are of these sources: without ninja a build compiles everything anew."""
+    check = "from swiftk.kernels._native import native, native_cuda; native(); native_cuda()"
+    return subprocess.run([sys.executable, "-c", check], cwd=root, capture_output=True).returncode == 0
+
+
 def device_facts() -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info()
     major, minor = torch.cuda.get_device_capability()
@@ -130,8 +137,10 @@ def run(
     begin, failed = time.monotonic(), list[str]()
     todo = ["build", *(p for p in wanted or parts(kernels) if p != "build")]
     for number, part in enumerate(todo):
+        before = known(f"gpu-{part}")
+        if part == "build" and (wanted or before is not None) and "build" not in wanted and is_built(root):
+            continue
         if not wanted and part != "build":
-            before = known(f"gpu-{part}")
             if before is not None and before["exit"] == 0:
                 print(f"== {part}: done at this commit", flush=True)
                 continue

@@ -28,7 +28,7 @@ KERNELS = ["linear", "nf4", "rms_norm", "varlen"]
 @pytest.fixture
 def machine(monkeypatch):
     """One with a GPU, whose parts take `seconds` each and end with `codes`."""
-    state = {"ran": [], "saved": {}, "codes": {}, "seconds": 1.0, "clock": 0.0}
+    state = {"ran": [], "saved": {}, "codes": {}, "seconds": 1.0, "clock": 0.0, "built": False}
 
     def run_part(part, root):
         state["ran"].append(part)
@@ -36,6 +36,7 @@ def machine(monkeypatch):
         return {"part": part, "exit": state["codes"].get(part, 0), "seconds": state["seconds"], "output": []}
 
     monkeypatch.setattr(gpu, "run_part", run_part)
+    monkeypatch.setattr(gpu, "is_built", lambda root: state["built"])
     monkeypatch.setattr(gpu, "device_facts", lambda: {"device": "made up"})
     monkeypatch.setattr(gpu.time, "monotonic", lambda: state["clock"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -66,6 +67,26 @@ def test_all_parts_in_order_and_again_from_where_it_stopped(machine, capsys):
 def test_one_part_is_done_again_when_named(machine):
     assert start(machine, "test") == 0 and start(machine, "test") == 0
     assert machine["ran"] == ["build", "test", "build", "test"]
+    machine["built"] = True
+    assert start(machine, "test") == 0 and machine["ran"][4:] == ["test"]
+    assert start(machine, "build") == 0 and machine["ran"][5:] == ["build"]
+
+
+def test_what_is_built_is_not_built_again(machine, capsys):
+    machine["built"] = True
+    assert start(machine) == 0 and machine["ran"][:2] == ["build", "test"]  # once: its JSON says what the device is
+    machine["ran"].clear()
+    assert start(machine) == 0 and machine["ran"] == []
+
+
+@pytest.mark.parametrize("stale", ["native", "native_cuda", None])
+def test_whether_it_is_built_is_asked_of_both_modules(stale, tmp_path):
+    (tmp_path / "swiftk" / "kernels").mkdir(parents=True)
+    for folder in (tmp_path / "swiftk", tmp_path / "swiftk" / "kernels"):
+        (folder / "__init__.py").write_text("")
+    bodies = (f"def {f}():\n    {'raise ImportError' if f == stale else 'pass'}\n" for f in ("native", "native_cuda"))
+    (tmp_path / "swiftk" / "kernels" / "_native.py").write_text("".join(bodies))
+    assert gpu.is_built(tmp_path) == (stale is None)
 
 
 @pytest.mark.parametrize("wanted", [[], ["test"], ["build"]])
