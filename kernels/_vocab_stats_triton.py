@@ -8,22 +8,9 @@ flight per program of 4 warps, from arithmetic; no GPU has measured it.
 from __future__ import annotations
 
 from swiftk.kernels._head import STEP
-from swiftk.kernels._triton import jit, launch, ship, tl
+from swiftk.kernels._triton import jit, launch, ship, tanh, tl
 
 # --- kernels -----------------------------------------------------------------------------------------------------
-
-
-@jit
-def _capped(z, cap, inverse):
-    """cap tanh(z inverse); below 1/4 the series, since 1 - exp(-2 u) cancels there."""
-    u = tl.abs(z * inverse)
-    e = tl.exp(-2.0 * u)
-    tanh = (1.0 - e) / (1.0 + e)
-    if z.dtype == tl.float32:
-        v = u * u
-        series = u * (1.0 + v * (-0.33333334 + v * (0.13333334 + v * (-0.053968254 + v * 0.021869488))))
-        tanh = tl.where(u < 0.25, series, tanh)
-    return tl.where(z < 0, -cap * tanh, cap * tanh)
 
 
 # cols keeps its kernels: of a mask whose end is a multiple of 16 Triton makes loads of 16 bytes
@@ -38,14 +25,14 @@ def _stats_kernel(
     own = tl.load(labels + row) - first_id
     before = tl.load(m + row)
     top, sums, best, s_label = before, tl.load(l + row), tl.load(argmax + row), tl.load(label + row)
-    inverse = 1.0 / softcap if CAPPED else 0.0
+    inverse = tl.full((), 1.0, logits.dtype.element_ty) / softcap if CAPPED else 0.0
     ent = tl.load(e + row) if ENTROPY else top
     tot = tl.load(total + row) if SUM else top
     for j in range(0, cols, STEP):
         inside = at < cols - j
         s = tl.load(logits + j + at, mask=inside, other=-float("inf"))
         if CAPPED:
-            s = tl.where(inside, _capped(s, softcap, inverse), -float("inf"))
+            s = tl.where(inside, softcap * tanh(s * inverse), -float("inf"))
         highest = tl.max(s, axis=0)
         first = tl.min(tl.where(s == highest, at, STEP), axis=0)
         best = tl.where(highest > top, (first + j).to(tl.int64) + first_id, best)
@@ -76,7 +63,7 @@ def _stats_kernel(
             inside = at < cols - j
             s = tl.load(logits + j + at, mask=inside, other=0.0)
             if CAPPED:
-                s = _capped(s, softcap, inverse)
+                s = softcap * tanh(s * inverse)
             p = tl.exp(s - tl.where(top == -float("inf"), 0.0, top))
             if CAPPED:
                 p *= ((softcap - s) * inverse) * ((softcap + s) * inverse)
@@ -99,9 +86,9 @@ def _grad_kernel(
     inside = at < cols
     own = tl.load(labels + row) - first_id
     s = tl.load(logits + row * ld + at, mask=inside, other=0.0)
-    inverse = 1.0 / softcap if CAPPED else 0.0
+    inverse = tl.full((), 1.0, logits.dtype.element_ty) / softcap if CAPPED else 0.0
     if CAPPED:
-        s = _capped(s, softcap, inverse)
+        s = softcap * tanh(s * inverse)
     below, log_sum = s - tl.load(m + row), tl.load(log_l + row)
     log_p = below - log_sum
     p = tl.exp(below) * tl.exp(-log_sum)  # half the error of exp(log_p), whose argument is rounded twice
