@@ -13,7 +13,6 @@ from swiftk.benchmarks.harness import Options
 from swiftk.config import OptimConfig, TunerConfig
 from swiftk.model import Model, ModelConfig
 from swiftk.parallel.mesh import Mesh
-from swiftk.trainer.loss import token_loss
 from swiftk.trainer.optimizer import build_optimizer, set_learning_rate
 from tests.trainer import toy
 
@@ -42,15 +41,7 @@ def test_training_steps_follow_the_cpu(tuner, optim):
         model = Model(ModelConfig.from_hf(toy.MODEL), Mesh.single(), seed=1, tuner=TUNERS[tuner]).to(device)
         optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(optim=optim, galore_rank=4))
         set_learning_rate(optimizer, 1e-3)
-        found = []
-        for step in range(10):
-            batch = toy.batch([9, 1, 14, 6], 0.5, step).to(torch.device(device))
-            loss = token_loss(model, batch, seed_step=torch.tensor([7, step], device=device)).total
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            found.append(loss.item())
-        return found
+        return toy.losses(model, optimizer, (toy.batch([9, 1, 14, 6], 0.5, step).to(model.device) for step in range(10)))
 
     want, got = losses("cpu"), losses("cuda")
     assert got == losses("cuda")

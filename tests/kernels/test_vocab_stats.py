@@ -30,7 +30,7 @@ def everything(x, w, y, **options):
 
 def values_and_gradients(f, x, w, y, coefficients, cast):
     """All statistics but argmax, and the gradients of their weighted sum."""
-    xs, ws = x.to(cast).requires_grad_(), w.to(cast).requires_grad_()
+    xs, ws = x.detach().to(cast).requires_grad_(), w.detach().to(cast).requires_grad_()
     stats = f(xs, ws, y)
     total = sum((c.to(s.dtype) * s).sum() for c, s in zip(coefficients, stats[:5], strict=True))
     return (*stats[:6], *torch.autograd.grad(total, (xs, ws)))

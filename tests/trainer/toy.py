@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from swiftk.config import DataConfig, OptimConfig, ParallelConfig, RunConfig, Tu
 from swiftk.model import Model, ModelConfig
 from swiftk.parallel.comm import Comm
 from swiftk.parallel.mesh import Mesh
+from swiftk.trainer.loss import token_loss
 from swiftk.trainer.packing import Batch
 from swiftk.trainer.run import Commands, run
 from swiftk.trainer.stop import StopFlag
@@ -105,3 +107,15 @@ def batch(lengths: list[int], trained: float, seed: int) -> Batch:
     positions = torch.cat([torch.arange(n) for n in lengths])
     rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     return Batch(ids, labels, positions, bounds.int(), rows << 32 | positions, tuple(range(len(lengths))))
+
+
+def losses(model: Model, optimizer: torch.optim.Optimizer, batches: Iterable[Batch]) -> list[float]:
+    """Of one step per batch."""
+    found = []
+    for step, one in enumerate(batches):
+        loss = token_loss(model, one, seed_step=torch.tensor([7, step], device=model.device)).total
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        found.append(loss.item())
+    return found

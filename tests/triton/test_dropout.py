@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from swiftk.kernels.dropout import TILE, Dropout, dropout, dropout_out, dropout_ref, keep_ref
+from tests.kernels.test_dropout import make as on_cpu
 from tests.triton.launched import check_operator, operators_take
 
 
-def make(rows: int, device, p: float = 0.3, seed: int = 7, step: int = 3, layer: int = 5) -> Dropout:
-    token = (torch.arange(rows, device=device) % 3 << 32) + torch.arange(rows, device=device) * 977 + 2**31 - 2
-    return Dropout(p, torch.tensor([seed, step], device=device), layer, token)
+def make(rows: int, device, **options) -> Dropout:
+    d = on_cpu(rows, **options)
+    return d._replace(seed_step=d.seed_step.to(device), token_index=d.token_index.to(device))
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 31, 129, TILE, TILE + 5, 2 * TILE + 1])

@@ -17,18 +17,15 @@ from swiftk.kernels.linear_cross_entropy import (
 from swiftk.kernels.lora_linear import Adapter, row_norm_sq
 from swiftk.kernels.nf4 import nf4_dequantize, nf4_quantize
 from swiftk.testing.accuracy import assert_accurate
+from tests.kernels.test_linear_cross_entropy import IGNORE
+from tests.kernels.test_linear_cross_entropy import make as on_cpu
 from tests.triton.launched import check_operator, logits_ref_in_blocks, operators_take
 
-IGNORE = -100
 MODES, LONG = ["fused", "recompute"], pytest.mark.long
 
 
 def make(tokens, hidden, vocab, dtype, device):
-    x = torch.randn(tokens, hidden, device=device).to(dtype)
-    w = (2 * torch.randn(vocab, hidden, device=device) / hidden**0.5).to(dtype)
-    y = torch.randint(vocab, (tokens,), device=device)
-    y[1::5] = IGNORE
-    return x, w, y, torch.rand(tokens, device=device)
+    return tuple(t.to(device) for t in (*on_cpu(tokens, hidden, vocab, dtype, scale=2.0), torch.rand(tokens)))
 
 
 def loss_and_gradients(f, x, w, y, weights, cast, frozen, **options):

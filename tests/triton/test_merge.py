@@ -6,15 +6,13 @@ import torch
 from swiftk.kernels.attention import merge_attention
 from swiftk.kernels.attention.merge import merge_attention_out, merge_attention_ref
 from swiftk.testing.accuracy import assert_accurate
+from tests.kernels.test_merge import EMPTY
+from tests.kernels.test_merge import make as on_cpu
 from tests.triton.launched import check_operator, operators_take
-
-EMPTY = float("-inf")
 
 
 def make(tokens, heads, dim, dtype, device):
-    outs = [torch.randn(tokens, heads, dim, device=device).to(dtype) for _ in range(2)]
-    lses = [3 * torch.randn(heads, tokens, device=device) for _ in range(2)]
-    return [outs[0], lses[0], outs[1], lses[1]]
+    return [t.to(device) for t in on_cpu(tokens, heads, dim, dtype)]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (0, 2, 8), (5, 3, 19), (33, 2, 64), (2, 1, 512)])

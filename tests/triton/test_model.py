@@ -21,7 +21,8 @@ from swiftk.parallel.mesh import Mesh
 from swiftk.trainer.loss import token_loss
 from swiftk.trainer.optimizer import build_optimizer, set_learning_rate
 from swiftk.trainer.packing import Batch
-from tests.triton.test_linear import dots_like_a_gpus
+from tests.trainer import toy
+from tests.triton.launched import dots_like_a_gpus
 
 CONFIG = ModelConfig.from_hf({
     "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": 37, "hidden_size": 24, "intermediate_size": 40,
@@ -112,14 +113,7 @@ def test_steps_repeat_and_learn(optim, device):
         model, one = stirred("full", device), batch(4, 3, device=device)
         optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig(optim=optim))
         set_learning_rate(optimizer, 0.02)
-        found = []
-        for step in range(2):
-            loss = token_loss(model, one, seed_step=torch.tensor([7, step], device=device)).total
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            found.append(loss.item())
-        return found
+        return toy.losses(model, optimizer, [one, one])
 
     first = losses()
     assert first == losses() and first[-1] < first[0]

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from swiftk.kernels.rope import rope, rope_ref, rope_table
+from swiftk.kernels.rope import rope, rope_ref
+from tests.kernels.test_rope import make as on_cpu
 from tests.triton.launched import check_operator, operators_take
 
 # total, heads, head_dim, rotary_dim
@@ -11,10 +12,7 @@ SHAPES = [(1, 1, 2, 2), (7, 3, 10, 6), (5, 2, 64, 64), (3, 20, 40, 40), (4, 5, 9
 
 
 def make(shape, dtype, device, rows=50):
-    total, heads, head_dim, rotary_dim = shape
-    x = torch.randn(total, heads, head_dim, device=device).to(dtype)
-    cos, sin = (t.to(device) for t in rope_table(rotary_dim, rows))
-    return x, cos, sin, torch.randint(0, rows, (total,), device=device)
+    return tuple(t.to(device) for t in on_cpu(shape, dtype, rows))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -8,29 +8,15 @@ from swiftk.kernels import vocab_stats as module
 from swiftk.kernels._triton import INTERPRETED
 from swiftk.kernels.vocab_stats import merge_vocab_stats, vocab_stats, vocab_stats_ref
 from swiftk.testing.accuracy import assert_accurate
+from tests.kernels.test_vocab_stats import IGNORE, everything, values_and_gradients
+from tests.kernels.test_vocab_stats import make as on_cpu
 from tests.triton.launched import check_operator, dots_like_a_gpus, logits_ref_in_blocks, operators_take
 
-IGNORE = -100
 NAMES = ("lse", "label_logit", "logprob", "logit_sum", "entropy", "max_logit", "dx", "dw")
 
 
-def make(tokens, hidden, vocab, dtype, device, scale=2.0):
-    x = torch.randn(tokens, hidden, device=device).to(dtype)
-    w = (scale * torch.randn(vocab, hidden, device=device) / hidden**0.5).to(dtype)
-    y = torch.randint(vocab, (tokens,), device=device)
-    y[1::5] = IGNORE
-    return x, w, y
-
-
-def everything(x, w, y, **options):
-    return vocab_stats(x, w, y, logit_sum=True, entropy=True, **options)
-
-
-def values_and_gradients(f, x, w, y, coefficients, cast):
-    xs, ws = x.detach().to(cast).requires_grad_(), w.detach().to(cast).requires_grad_()
-    stats = f(xs, ws, y)
-    total = sum((c.to(s.dtype) * s).sum() for c, s in zip(coefficients, stats[:5], strict=True))
-    return (*stats[:6], *torch.autograd.grad(total, (xs, ws)))
+def make(tokens, hidden, vocab, dtype, device):
+    return tuple(t.to(device) for t in on_cpu(tokens, hidden, vocab, dtype, scale=2.0))
 
 
 @pytest.fixture
