@@ -72,6 +72,8 @@ def _split_state(
     for base in range(begin, end, KEYS):
         at = base + tl.arange(0, KEYS)
         block = tl.load(table + at // BLOCK_SIZE, mask=at < k_len, other=0)
+        known = (block >= 0) & (block < blocks)
+        tl.device_assert(known, "paged_attention: block_table has a block that the cache has not", mask=at < k_len)
         block = tl.minimum(tl.maximum(block, 0), blocks - 1).to(tl.int64)
         inside = (at < k_len)[:, None] & (d < DIM)[None, :]
         k_rows = block * k_block + (at % BLOCK_SIZE).to(tl.int64) * k_token

@@ -43,6 +43,8 @@ def _tiles(
         there = (at >= k_pos) & (at < k_end)
         if PAGE > 0:
             page = tl.load(pages + at // PAGE, mask=at < k_end, other=0)
+            known = (page >= 0) & (page <= last_page)
+            tl.device_assert(known, "paged_attention: block_table has a block that the cache has not", mask=at < k_end)
             page = tl.minimum(tl.maximum(page, 0), last_page).to(tl.int64)
             from_k, from_v, token = k, v, (at % PAGE).to(tl.int64)
             to_k, to_v = page * k_page + token * K_TOKEN, page * v_page + token * V_TOKEN

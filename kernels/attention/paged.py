@@ -174,7 +174,8 @@ def paged_attention(
             a few long sequences need for speed. No effect on the CPU.
     Returns: out like q, contiguous; with return_lse (out, lse).
     Raises: ValueError for a wrong shape, dtype, device or option, for a length or block that is out of range (on CUDA seen
-        under TRITON_DEBUG=1 alone), for fp64 on CUDA, or where autograd would record; on CUDA ImportError without Triton.
+        under TRITON_DEBUG=1 alone, clamped else), for fp64 on CUDA, or where autograd would record; on CUDA ImportError
+        without Triton.
     """
     op = "paged_attention"
     check_floating(op, q=q, k_cache=k_cache, v_cache=v_cache)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
 from swiftk.kernels import _checks, _native, vocab_stats
@@ -37,6 +39,18 @@ def dots_like_a_gpus():
         return TensorHandle(exact.astype(d.data.dtype), d.dtype.scalar)
 
     with mock.patch.object(InterpreterBuilder, "create_dot", dot):
+        yield
+
+
+@contextlib.contextmanager
+def asserts(message: str):
+    """tl.device_assert in force as under TRITON_DEBUG=1, which the interpreter does not obey: one with `message` fails. Not for
+    a device, where an assertion ends the process's use of it."""
+    from triton.runtime import errors, interpreter
+
+    options = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
+    patch = mock.patch.object(interpreter.interpreter_builder, "options", options)
+    with patch, pytest.raises(errors.InterpreterError, match=message):
         yield
 
 

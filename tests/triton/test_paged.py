@@ -5,12 +5,13 @@ import itertools
 import pytest
 import torch
 
+from swiftk.kernels._triton import INTERPRETED
 from swiftk.kernels.attention import _paged_triton, _varlen_tiles, paged, varlen_attention
 from swiftk.kernels.attention.paged import paged_attention, paged_attention_out, paged_attention_ref, store_kv_, store_kv_out
 from swiftk.testing.accuracy import assert_accurate
 from tests.kernels.test_paged import make, offsets
 from tests.triton.conftest import ON_CUDA
-from tests.triton.launched import dots_like_a_gpus, operators_take
+from tests.triton.launched import asserts, dots_like_a_gpus, operators_take
 
 EMPTY = float("-inf")
 LONG = pytest.mark.long
@@ -139,6 +140,36 @@ def test_strides(device):
     out = wide[:6, : 4 * 24].view(6, 4, 24)
     paged_attention_out(q, k_cache, v_cache, *cache[2:], cu_q, None, 24**-0.5, 0.0, -1, 0, out)
     assert torch.equal(out, want) and wide[:6, 4 * 24 :].isnan().all() and wide[6:].isnan().all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="an assertion on a device ends the process's use of it")
+@pytest.mark.parametrize("numerics", ["auto", "invariant"])
+def test_values_are_asserted_in_debug_mode(numerics, device):
+    """What is read and belongs to nothing; the table's entries past a sequence are not read."""
+    q, cache, cu_q, options = on(device, ([1, 1], [40, 33], 2, 1, 16, 16, (-1, -1), 0.0, False), torch.float32)
+    *_, table, lens = cache
+    table[1, 3:] = 1 << 30
+
+    def change(of: torch.Tensor, at: tuple[int, ...], value: int, message: str) -> None:
+        old, of[at] = of[at].item(), value
+        with asserts(f"paged_attention: {message}"):
+            paged_attention(q, *cache, cu_q, numerics=numerics, **options)
+        of[at] = old
+
+    for bad in (-1, len(cache[0])):
+        change(table, (1, 2), bad, "block_table has a block that the cache has not")
+    change(lens, (0,), 16 * table.shape[1] + 1, "cache_seqlens is beyond the block table")
+    change(cu_q, (2,), 3, "cu_seqlens_q is beyond the tokens of q")
+    with pytest.raises(pytest.fail.Exception), asserts("block_table"):
+        paged_attention(q, *cache, cu_q, numerics=numerics, **options)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="an assertion on a device ends the process's use of it")
+@pytest.mark.parametrize("slot", [-2, 21])
+def test_slots_are_asserted_in_debug_mode(slot, device):
+    k, cache = torch.randn(2, 3, 24, device=device), torch.zeros(7, 3, 3, 24, device=device)
+    with asserts("store_kv_: slot_mapping is out of range"):
+        store_kv_(k, k, cache, cache.clone(), torch.tensor([0, slot], device=device))
 
 
 def test_store_writes_its_slots_and_nothing_else(dtype, device):
