@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from swiftk.kernels._native import DTYPE_CODES, ISAS
+from swiftk.kernels._native import DTYPE_CODES, ISAS, native
 
 
 def check_tensor(op: str, name: str, x: object) -> None:
@@ -17,10 +17,12 @@ def check_tensor(op: str, name: str, x: object) -> None:
 
 
 def check_floating(op: str, **tensors: torch.Tensor) -> None:
-    """All of one supported dtype (bf16, fp32, fp64) and on one device."""
+    """All strided, of one supported dtype (bf16, fp32, fp64) and on one device."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
         check_tensor(op, name, tensor)
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{op}: {name} has layout {tensor.layout}, wants torch.strided ({name}.to_dense())")
         if tensor.dtype not in DTYPE_CODES:
             raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, wants torch.bfloat16, torch.float32 or torch.float64")
         if tensor.dtype != first.dtype:
@@ -39,6 +41,12 @@ def check_shape(op: str, name: str, tensor: torch.Tensor, want: tuple[int, ...],
 def check_isa(op: str, isa: str) -> None:
     if isa not in ISAS:
         raise ValueError(f"{op}: isa has {isa!r}, wants one of {', '.join(ISAS)}")
+    if isa != "auto" and not torch.compiler.is_compiling():  # a graph has no native call; the kernel refuses it then
+        try:
+            native().resolve_isa(isa)
+        except ValueError:
+            has = ", ".join(ISAS[ISAS.index(native().best_isa()) :])
+            raise ValueError(f"{op}: isa has {isa!r}, which this CPU does not support; wants auto, {has}") from None
 
 
 def transformer_engine(op: str, name: str, x: torch.Tensor, since: str, *signatures: tuple[str, ...]) -> Any:

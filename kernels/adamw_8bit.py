@@ -331,7 +331,7 @@ def _launch_triton(updates: Sequence[Update]) -> None:
     table = torch.frombuffer(rows + starts.tobytes(), dtype=torch.int64)
     if device.type == "cuda":
         if torch.cuda.is_current_stream_capturing():  # a replay would take addresses from whatever lies there by then
-            raise RuntimeError("adamw_8bit: a CUDA graph is being captured, wants the update outside of it")
+            raise RuntimeError("adamw_8bit_: a CUDA graph is being captured, wants the update outside of it")
         table = table.pin_memory().to(device, non_blocking=True)  # the host waits for nothing; torch keeps the pinned memory
     cut = len(updates) * COLUMNS
     first = _table(True).first, _table(True).negative, _table(False).first
@@ -396,31 +396,41 @@ def adamw_8bit_(updates: Sequence[Update], *, isa: str = "auto") -> None:
     Raises: ValueError for a wrong shape, dtype, layout, device or isa; on CUDA ImportError without Triton, and RuntimeError
         where a CUDA graph is being captured.
     """
-    check_isa("adamw_8bit", isa)
+    check_isa("adamw_8bit_", isa)
     for u in updates:
+        if not isinstance(u, Update):
+            raise ValueError(f"adamw_8bit_: updates has a {type(u).__name__}, each wants to be an Update")
+        if not isinstance(u.moments, Moments):
+            have = type(u.moments).__name__
+            raise ValueError(f"adamw_8bit_: moments has type {have}, wants a Moments; new_moments(param) makes one")
         p, g, n = u.param, u.grad, u.param.numel()
         devices = {t.device for t in (updates[0].param, p, g, *u.moments) if t is not None}
         if len(devices) > 1:
             have = ", ".join(sorted(map(str, devices)))
-            raise ValueError(f"adamw_8bit: parameters, gradients and moments are on {have}, wants one device a call")
+            raise ValueError(f"adamw_8bit_: parameters, gradients and moments are on {have}, wants one device a call")
         if p.dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"adamw_8bit: param has dtype {p.dtype}, wants torch.float32 or torch.bfloat16")
+            raise ValueError(f"adamw_8bit_: param has dtype {p.dtype}, wants torch.float32 or torch.bfloat16")
         if g.dtype != p.dtype or g.shape != p.shape:
-            raise ValueError(f"adamw_8bit: grad is {g.dtype} {tuple(g.shape)}, param wants {p.dtype} {tuple(p.shape)}")
+            raise ValueError(f"adamw_8bit_: grad is {g.dtype} {tuple(g.shape)}, param wants {p.dtype} {tuple(p.shape)}")
         m, v, absmax1, absmax2 = u.moments
         want = torch.float32 if absmax1 is None else torch.uint8
         if m.dtype != want or v.dtype != want or m.shape != p.shape or v.shape != p.shape:
             raise ValueError(
-                f"adamw_8bit: moments are {m.dtype} {tuple(m.shape)} and {v.dtype} {tuple(v.shape)}, wants {want} "
+                f"adamw_8bit_: moments are {m.dtype} {tuple(m.shape)} and {v.dtype} {tuple(v.shape)}, wants {want} "
                 f"{tuple(p.shape)} {'without' if absmax1 is None else 'with'} absmax; new_moments(param) makes them"
             )
         for a in (absmax1, absmax2):
             if (a is None) != (absmax1 is None) or (a is not None and (a.dtype != torch.float32 or len(a) != -(-n // BLOCK))):
-                raise ValueError(f"adamw_8bit: absmax wants two fp32 tensors of {-(-n // BLOCK)} blocks, or none")
+                raise ValueError(f"adamw_8bit_: absmax wants two fp32 tensors of {-(-n // BLOCK)} blocks, or none")
         if not all(t is None or t.is_contiguous() for t in (p, g, *u.moments)):
-            raise ValueError(f"adamw_8bit: param {tuple(p.shape)}, its grad or moments are strided; wants .contiguous()")
+            raise ValueError(f"adamw_8bit_: param {tuple(p.shape)}, its grad or moments are strided; wants .contiguous()")
         if u.step < 1:
-            raise ValueError(f"adamw_8bit: step has {u.step}, wants at least 1")
+            raise ValueError(f"adamw_8bit_: step has {u.step}, wants at least 1")
+        for name, rate in (("lr", u.lr), ("eps", u.eps), ("weight_decay", u.weight_decay)):
+            if not 0 <= rate < math.inf:
+                raise ValueError(f"adamw_8bit_: {name} has {rate}, wants a finite number >= 0")
+        if not all(0 <= beta < 1 for beta in u.betas):
+            raise ValueError(f"adamw_8bit_: betas has {u.betas}, wants two numbers from 0 to below 1")
     present = [u for u in updates if u.param.numel()]
     if present:
         _launch(present, isa)

@@ -210,6 +210,8 @@ torch.library.register_autograd("swiftk::dropout_fwd", _backward, setup_context=
 
 def check_dropout(op: str, dropout: Dropout, x: torch.Tensor) -> None:
     """Of a public function that takes x (..., H) and a Dropout."""
+    if not isinstance(dropout, Dropout):
+        raise ValueError(f"{op}: dropout has type {type(dropout).__name__}, wants a Dropout(p, seed_step, layer, token_index)")
     if not (0 <= dropout.p < 1 and dropout.threshold < 65536):
         raise ValueError(f"{op}: dropout.p has {dropout.p}, wants 0 <= p <= 65535 / 65536")
     if not 0 <= dropout.layer < MAX_LAYERS:

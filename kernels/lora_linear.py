@@ -423,6 +423,8 @@ def check_lora(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
         raise ValueError(f"{op}: weight has shape {(N, K)}, x {tuple(x.shape)} needs {(N, x.shape[-1])}")
     if bias is not None:
         check_shape(op, "bias", bias, (N,), f"weight {tuple(weight.shape)}")
+    if not isinstance(adapter, Adapter):
+        raise ValueError(f"{op}: adapter has type {type(adapter).__name__}, wants an Adapter(a, b, scale)")
     a, b, _, magnitude, norm_sq = adapter
     acc = acc_dtype(x.dtype)
     for name, t in (("a", a), ("b", b), ("magnitude", magnitude)):

@@ -230,6 +230,8 @@ def rms_norm(
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}, wants (..., H) with H >= 1")
     check_shape("rms_norm", "weight", weight, (x.shape[-1],), f"x {tuple(x.shape)}")
+    if not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
+        raise ValueError(f"rms_norm: eps has {eps!r}, wants a finite number >= 0")
     check_isa("rms_norm", isa)
     if backend not in BACKENDS:
         raise ValueError(f"rms_norm: backend has {backend!r}, wants one of {', '.join(BACKENDS)}")

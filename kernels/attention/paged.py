@@ -21,7 +21,16 @@ from swiftk.kernels._checks import check_floating, check_shape, check_tensor
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import on_gpu
 from swiftk.kernels.attention._paged_triton import paged_triton, store_kv_triton
-from swiftk.kernels.attention.varlen import _address, _check, _check_int32, _rows, _strides, _window, varlen_attention_ref
+from swiftk.kernels.attention.varlen import (
+    _address,
+    _check,
+    _check_int32,
+    _rows,
+    _scale,
+    _strides,
+    _window,
+    varlen_attention_ref,
+)
 from swiftk.kernels.linear import check_numerics
 
 # --- reference ---------------------------------------------------------------------------------------------------
@@ -197,7 +206,7 @@ def paged_attention(
             raise ValueError(f"{op}: q has {q.shape[0]} tokens, wants {batch}, one per row of block_table, or cu_seqlens_q")
         cu_seqlens_q = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
     _check_int32(op, "cu_seqlens_q", cu_seqlens_q, q, f"({batch + 1},): {rows}", lambda shape: shape == (batch + 1,))
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = _scale(op, q, softmax_scale)
     left, right = _window(True, window_size)
     out, lse = torch.ops.swiftk.paged_attention(
         q, k_cache, v_cache, block_table, cache_seqlens, cu_seqlens_q, sinks, scale, float(softcap), left, right, numerics, isa

@@ -246,8 +246,8 @@ def _check(op: str, q, k, v, window_size, softcap: float, sinks, isa: str) -> No
     check_shape(op, "v", v, tuple(k.shape), f"k {tuple(k.shape)}")
     if k.shape[1] == 0 or q.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{op}: q has {q.shape[1]} heads, wants a multiple of the {k.shape[1]} heads of k and v")
-    if len(window_size) != 2 or min(window_size) < -1:
-        raise ValueError(f"{op}: window_size has {tuple(window_size)}, wants (left, right), each >= 0, or -1 for unlimited")
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2 or min(window_size) < -1:
+        raise ValueError(f"{op}: window_size has {window_size}, wants (left, right), each >= 0, or -1 for unlimited")
     if not 0.0 <= softcap < float("inf"):
         raise ValueError(f"{op}: softcap has {softcap}, wants a finite number >= 0 (0 for none)")
     if sinks is not None:
@@ -266,6 +266,13 @@ def _check_int32(op: str, name: str, tensor: torch.Tensor, q: torch.Tensor, shap
         raise ValueError(f"{op}: {name} has device {tensor.device}, wants {q.device} like q")
     if not fits(tuple(tensor.shape)):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, wants {shape}")
+
+
+def _scale(op: str, q: torch.Tensor, softmax_scale: float | None) -> float:
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    if not -float("inf") < scale < float("inf"):
+        raise ValueError(f"{op}: softmax_scale has {scale}, wants a finite number, or None for head_dim ** -0.5")
+    return scale
 
 
 def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
@@ -324,7 +331,7 @@ def varlen_attention(
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         _check_int32(op, name, cu, q, "(documents + 1,)", lambda shape: len(shape) == 1 and shape[0] >= 1)
     check_shape(op, "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), f"cu_seqlens_q {tuple(cu_seqlens_q.shape)}")
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = _scale(op, q, softmax_scale)
     if backend != "swiftk":
         if return_lse:
             raise ValueError(f"{op}: return_lse has True, backend {backend!r} wants False (its lse has no gradient)")
@@ -373,7 +380,7 @@ def segment_attention(
         out = q.new_zeros(q.shape, dtype=acc)
         lse = q.new_full((q.shape[1], q.shape[0]), float("-inf"), dtype=acc)
     _check_state(op, q, out=(out, tuple(q.shape)), lse=(lse, (q.shape[1], q.shape[0])))
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = _scale(op, q, softmax_scale)
     wide_sinks = None if sinks is None else sinks.detach().to(acc).contiguous()
     left, right = _window(causal, window_size)
     rows = (_rows(q), _rows(k), _rows(v))
@@ -411,7 +418,7 @@ def segment_attention_backward(
         _check_state(op, q, dsinks=(dsinks, (q.shape[1],)))
         if sinks is None:
             raise ValueError(f"{op}: sinks has None, wants the sinks that dsinks is the gradient of")
-    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    scale = _scale(op, q, softmax_scale)
     wide_sinks = None if sinks is None else sinks.detach().to(lse.dtype).contiguous()
     left, right = _window(causal, window_size)
     attention_backward_out(

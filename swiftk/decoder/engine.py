@@ -33,6 +33,7 @@ from swiftk.decoder.sampler import Row, Sampler, TokenLogprob
 from swiftk.decoder.scheduler import Scheduler, SchedulerConfig, Work
 from swiftk.decoder.speculate import Drafter, DraftModel, PromptLookup
 from swiftk.decoder.text import Detokenizer, StopStrings, tokens_of
+from swiftk.kernels.linear import check_numerics
 from swiftk.model import Model, ModelConfig
 from swiftk.model.compute import compute_dtype, pick_device
 from swiftk.model.tokenizer import has_tokenizer, read_tokenizer
@@ -92,6 +93,7 @@ class Engine:
         ):  # fmt: skip
             if value < least:
                 raise ValueError(f"Engine: {name} has {value}, wants at least {least}")
+        check_numerics("Engine", numerics)
         adapters, own = dict(adapters or {}), None
         where = model.device if isinstance(model, Model) else pick_device(device)
         dtype = model.compute_dtype if isinstance(model, Model) else compute_dtype(torch_dtype, isa, where)

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from swiftk.config import TunerConfig
 from swiftk.kernels.attention import varlen_attention
-from swiftk.kernels.linear import linear
+from swiftk.kernels.linear import check_numerics, linear
 from swiftk.kernels.lora_linear import Adapter, Dropout, lora_linear, lora_linear_group, row_norm_sq
 from swiftk.kernels.nf4 import Nested, NF4Tensor, nf4_quantize
 from swiftk.kernels.nf4_linear import nf4_linear
@@ -357,6 +357,7 @@ class Model(nn.Module):
             raise ValueError(f"Model: recompute has {recompute!r}, wants one of {', '.join(RECOMPUTE)}")
         if compute_dtype not in (torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"Model: compute_dtype has {compute_dtype}, wants torch.bfloat16, torch.float32 or torch.float64")
+        check_numerics("Model", numerics)
         self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
         self.tuning = resolve(config, tuner)
         self.specs = param_specs(config, mesh, self.tuning)

@@ -408,6 +408,7 @@ def test_options_that_do_not_go_together(tmp_path):
     model, _ = make_ours("qwen3", tmp_path)
     for options, message in (
         (dict(max_batched_tokens=5), "max_batched_tokens has 5, wants at least 6"),
+        (dict(numerics="foo"), "Engine: numerics has 'foo', wants one of auto, invariant"),
         (dict(num_draft_tokens=-1), "num_draft_tokens has -1, wants at least 0"),
         (dict(cache_gib=math.inf, num_blocks=None), "cache_gib: has inf, wants a finite number above 0"),
     ):

@@ -1,4 +1,4 @@
-"""adamw_8bit: the maps, codes decided exactly, the update bit for bit against the reference, edge values, errors."""
+"""adamw_8bit_: the maps, codes decided exactly, the update bit for bit against the reference, edge values, errors."""
 
 from __future__ import annotations
 
@@ -226,11 +226,17 @@ def test_a_zero_gradient_from_the_start_only_decays(isa):
         (lambda u: {"moments": u.moments._replace(exp_avg_sq_absmax=None)}, "absmax wants two fp32 tensors of 20"),
         (lambda u: {"grad": torch.randn(10000)[::2]}, r"param \(5000,\), its grad or moments are strided"),
         (lambda u: {"step": 0}, "step has 0, wants at least 1"),
+        (lambda u: {"moments": None}, r"moments has type NoneType, wants a Moments; new_moments\(param\) makes one"),
+        (lambda u: {"lr": math.nan}, "lr has nan, wants a finite number >= 0"),
+        (lambda u: {"eps": -1e-8}, "eps has -1e-08, wants a finite number >= 0"),
+        (lambda u: {"betas": (0.9, 1.0)}, r"betas has \(0.9, 1.0\), wants two numbers from 0 to below 1"),
     ],
 )
 def test_errors(change, message):
     u = make(5000)
-    with pytest.raises(ValueError, match=f"adamw_8bit: {message}"):
+    with pytest.raises(ValueError, match=f"adamw_8bit_: {message}"):
         adamw_8bit_([u._replace(**change(u))])
-    with pytest.raises(ValueError, match="adamw_8bit: isa has 'sse9', wants one of"):
+    with pytest.raises(ValueError, match="adamw_8bit_: updates has a Tensor, each wants to be an Update"):
+        adamw_8bit_([u.param])
+    with pytest.raises(ValueError, match="adamw_8bit_: isa has 'sse9', wants one of"):
         adamw_8bit_([u], isa="sse9")

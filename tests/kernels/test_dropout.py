@@ -160,5 +160,7 @@ def test_errors(change, message):
         dropout(torch.tensor(1.0), make(1))
     with pytest.raises(ValueError, match="dropout: x has 600000 columns"):
         dropout(torch.empty(1, 1).expand(1, 600_000), make(1))
+    with pytest.raises(ValueError, match=r"dropout: dropout has type float, wants a Dropout\(p, seed_step, layer, token_index"):
+        dropout(torch.randn(2, 4), 0.1)
     with pytest.raises(ValueError, match="dropout: isa has 'sse9'"):
         dropout(torch.randn(2, 4), make(2), isa="sse9")

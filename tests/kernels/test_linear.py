@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from swiftk.kernels import _checks
 from swiftk.kernels._native import acc_dtype
 from swiftk.kernels.linear import Product, linear, linear_group_out, linear_out, linear_ref
 from swiftk.testing.accuracy import assert_accurate
@@ -282,6 +283,19 @@ def test_errors(args, message):
         linear(*args)
     with pytest.raises(ValueError, match="linear: isa has 'sse9', wants one of"):
         linear(torch.randn(2, 4), torch.randn(3, 4), isa="sse9")
+
+
+def test_an_instruction_set_that_the_cpu_lacks(monkeypatch):
+    def resolve_isa(isa):
+        if isa == "avx512":
+            raise ValueError
+
+    lacking = types.SimpleNamespace(best_isa=lambda: "avx2", resolve_isa=resolve_isa)
+    monkeypatch.setattr(_checks, "native", lambda: lacking)
+    message = "linear: isa has 'avx512', which this CPU does not support; wants auto, avx2, portable"
+    with pytest.raises(ValueError, match=message):
+        linear(torch.randn(2, 4), torch.randn(3, 4), isa="avx512")
+    _checks.check_isa("linear", "portable")
 
 
 def test_other_backends(monkeypatch):

@@ -426,6 +426,8 @@ def bad_calls():
     large = Adapter(a[None], torch.full((1, 3, 2), 3.4e38), 1.0)
     yield (x.bfloat16(), w.bfloat16(), large), {"segment_ids": ids - 1}, "adapter 0 of 1 has .* not finite in torch.bfloat16"
     yield (x, w, Adapter(a.tolist(), b, 1.0)), {}, "adapter.a has list, wants a tensor of torch.float32"
+    yield (x, w, (a, b)), {}, r"adapter has type tuple, wants an Adapter\(a, b, scale\)"
+    yield (x, w, good), {"dropout": 0.1}, "dropout has type float, wants a Dropout"
     listed = make_dropout(2)._replace(seed_step=[1, 2])
     yield (x, w, good), {"dropout": listed}, "dropout.seed_step has list, wants torch.int64 on cpu"
     yield (x, w, good), {"isa": "sse9"}, "isa has 'sse9', wants one of"

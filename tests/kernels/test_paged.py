@@ -279,6 +279,7 @@ def int32(*values):
         (dict(k_cache=C[:, :0], v_cache=C[:, :0]), "k_cache has shape .* wants block_size >= 1"),
         (dict(v_cache=C.double()), "v_cache has dtype torch.float64, wants torch.float32 like q"),
         (dict(window_size=(-2, 0)), r"window_size has \(-2, 0\), wants \(left, right\)"),
+        (dict(softmax_scale=float("inf")), "softmax_scale has inf, wants a finite number"),
         (dict(softcap=-1.0), "softcap has -1.0, wants a finite number >= 0"),
         (dict(sinks=torch.zeros(2)), r"sinks has shape \(2,\), q \(3, 4, 8\) needs \(4,\)"),
         (dict(q=Q.clone().requires_grad_()), r"has requires_grad, wants torch.no_grad\(\); use varlen_attention"),

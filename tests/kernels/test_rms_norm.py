@@ -110,6 +110,9 @@ def test_nan_and_huge_values_stay_visible():
         ((torch.randn(2, 4), torch.randn(3)), r"rms_norm: weight has shape \(3,\), x \(2, 4\) needs \(4,\)"),
         ((torch.randn(2, 4), torch.randn(4).double()), "rms_norm: weight has dtype torch.float64, wants torch.float32 like x"),
         ((torch.randn(2, 4).half(), torch.randn(4).half()), "rms_norm: x has dtype torch.float16, wants torch.bfloat16"),
+        ((torch.randn(2, 4), torch.randn(4), "1e-6"), "rms_norm: eps has '1e-6', wants a finite number >= 0"),
+        ((torch.randn(2, 4), torch.randn(4), float("nan")), "rms_norm: eps has nan, wants"),
+        ((torch.randn(2, 4), torch.randn(4), -1e-6), "rms_norm: eps has -1e-06, wants"),
         ((torch.randn(2, 0), torch.randn(0)), r"rms_norm: x has shape \(2, 0\), wants"),
     ],
 )

@@ -268,6 +268,8 @@ def test_errors():
         model(ids, positions, cu_seqlens, kv_cache=model.new_cache())
     with pytest.raises(ValueError, match="Model: recompute has 'some', wants one of none, selective, full"):
         Model(config, Mesh.single(), recompute="some")
+    with pytest.raises(ValueError, match="Model: numerics has 'foo', wants one of auto, invariant"):
+        Model(config, Mesh.single(), numerics="foo")
     with pytest.raises(ValueError, match=r"Model: compute_dtype has torch.float16, wants torch.bfloat16"):
         Model(config, Mesh.single(), compute_dtype=torch.float16)
     alone = Axis(0, 1, SingleComm())

@@ -64,7 +64,7 @@ def test_blocks_that_have_no_scale(device):
 
 def test_errors(device):
     u = on(device, make(300))
-    with pytest.raises(ValueError, match="adamw_8bit: step has 0"):
+    with pytest.raises(ValueError, match="adamw_8bit_: step has 0"):
         adamw_8bit_([u._replace(step=0)])
 
 
