@@ -15,7 +15,7 @@ TORCH_INDEX ?=
 TORCH_SPEC := torch>=2.11,<2.14
 PART ?=
 BUDGET ?=
-GPU_PY ?= $(if $(wildcard .venv/.test),.venv/bin/python,$(PYTHON))
+GPU_PY ?= $(if $(wildcard .venv/.train),.venv/bin/python,$(PYTHON))
 ARCH ?= 80 90 100
 PY := .venv/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check
@@ -45,7 +45,9 @@ compile-gpu: .venv/.train .venv/.built
 	$(PY) -m swiftk.bench compile-gpu --arch $(ARCH)
 
 gpu:
-	@$(GPU_PY) -c "import torch" || { echo "make gpu: $(GPU_PY) has no torch: make .venv/.test, or GPU_PY=<a python that has torch with CUDA, pytest, transformers>"; exit 1; }
+	@$(GPU_PY) -c "from importlib.util import find_spec; \
+	lack = ', '.join(name for name in ('torch', 'pytest') if not find_spec(name)); \
+	raise SystemExit(lack and f'make gpu: $(GPU_PY) has no {lack}: make .venv/.test, or GPU_PY=PATH (a python with torch for CUDA, pytest, transformers)' or None)"
 	$(GPU_PY) -m swiftk.bench gpu --parts $(PART) $(if $(BUDGET),--budget $(BUDGET))
 
 clean:

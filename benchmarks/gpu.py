@@ -5,7 +5,6 @@ JSON each.
     test          the Triton and CUDA kernels on the device in bf16 and fp32, the decoder and a training step (tests/triton,
                   tests/gpu, and what is marked `gpu`)
     sanitize      compute-sanitizer (memcheck, racecheck) over the tests of the CUDA C++ kernels
-    bench-<op>    the op and its peers (benchmarks/kernels/bench_<op>.py)
     train-lora, train-qlora
                   a step of an 8B shape against transformers + peft (+ bitsandbytes), both at their defaults
     train-lora-none, train-qlora-none
@@ -15,6 +14,7 @@ JSON each.
     train-qlora-7b
                   the same for a 7B shape
     decode        the decoder at an 8B shape
+    bench-<op>    the op and its peers (benchmarks/kernels/bench_<op>.py)
 
 Without a part: all of them in this order, or as many as the budget has time for; a part whose JSON is of this very commit and
 without a failure is passed over, so that the command goes on where it stopped. The build comes first where the modules are
@@ -133,7 +133,7 @@ def run(
     if unknown:
         raise SystemExit(f"make gpu: PART has {unknown[0]!r}, wants one of {', '.join(parts(kernels))}")
     if not torch.cuda.is_available():
-        raise SystemExit("make gpu: torch sees no CUDA device; run it on a machine with one, with a CUDA build of torch")
+        raise SystemExit(f"make gpu: torch of {sys.executable} sees no CUDA device; wants one, and a CUDA build of torch")
     begin, failed = time.monotonic(), list[str]()
     todo = ["build", *(p for p in wanted or parts(kernels) if p != "build")]
     for number, part in enumerate(todo):

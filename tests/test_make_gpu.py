@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -100,11 +101,37 @@ def test_errors_come_before_the_build(machine, monkeypatch):
     with pytest.raises(SystemExit, match=r"make gpu: PART has 'tset', wants one of build, test, sanitize"):
         start(machine, "tset")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="torch sees no CUDA device"):
+    with pytest.raises(SystemExit, match="sees no CUDA device"):
         start(machine)
     assert machine["ran"] == []
     lines = subprocess.run(["make", "-n", "gpu", "PART=tset"], cwd=ROOT, capture_output=True, text=True).stdout
     assert "swiftk.bench gpu --parts tset" in lines and "setup.py" not in lines
+
+
+def test_the_python_is_the_one_of_make_train_or_the_machines(tmp_path):
+    """And where that lacks torch or pytest, one line says so."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    bare = tmp_path / "bare"  # without site-packages
+    bare.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S "$@"\n')
+    bare.chmod(0o755)
+    make = ["make", "-s", "gpu", f"PYTHON={bare}"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAKEFLAGS")}
+    done = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make:")]  # make's own "Error 1"
+    assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stdout
+    assert said[0].startswith(f"make gpu: {bare} has no torch, pytest: make .venv/.test, or GPU_PY=PATH")
+    (tmp_path / ".venv").mkdir()
+    for stamp in (".torch", ".train"):  # once it is whole
+        python = bare if stamp == ".torch" else ".venv/bin/python"
+        (tmp_path / ".venv" / stamp).touch()
+        planned = subprocess.run([*make, "-n"], cwd=tmp_path, capture_output=True, text=True).stdout
+        assert f"\n{python} -m swiftk.bench gpu --parts" in planned
+    for name in ("torch", "pytest"):  # with both it goes on
+        (tmp_path / f"{name}.py").touch()
+    (tmp_path / "swiftk").mkdir()
+    (tmp_path / "swiftk" / "bench.py").write_text("import sys; print(sys.argv[1:])")
+    done = subprocess.run([*make, f"GPU_PY={bare}", "PART=test"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "") and "['gpu', '--parts', 'test']" in done.stdout
 
 
 def test_a_part_that_takes_too_long_or_cannot_start_is_a_failure(monkeypatch, tmp_path):
