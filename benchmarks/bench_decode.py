@@ -25,7 +25,6 @@ bf16, where the CPU has it, for both; else fp32.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import tempfile
@@ -61,7 +60,7 @@ from swiftk.benchmarks.decode_measure import (
 )
 from swiftk.benchmarks.decode_peers import Decoded
 from swiftk.benchmarks.decode_variants import copying_model, vendor_products
-from swiftk.benchmarks.harness import Limits, Options
+from swiftk.benchmarks.harness import Limits, Options, Parser, shared_arguments
 from swiftk.decoder.engine import Engine
 from swiftk.decoder.loading import NF4_BYTES, token_bytes
 from swiftk.model import Model, ModelConfig
@@ -369,7 +368,7 @@ def show(r: dict[str, Any]) -> str:
 
 def run(options: Options, arguments: list[str], save: Save | None = None) -> list[dict[str, Any]]:
     """Measures and prints; `save`, with a name and what to keep, is called after each work."""
-    parser = argparse.ArgumentParser(prog="python -m swiftk.bench decode", allow_abbrev=False)
+    parser = Parser("decode", description=__doc__, parents=[shared_arguments("decode")])
     known = list(WORKS) if options.device == "cpu" else GPU_WORKS
     parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="WORK",
                         help=f"some of {', '.join(WORKS)}; default: all; on a GPU {', '.join(GPU_WORKS)}")  # fmt: skip

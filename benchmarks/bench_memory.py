@@ -12,14 +12,13 @@ bf16, where the CPU has it, for both; else fp32.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 
 from swiftk.allocator import give_back_large_blocks
 from swiftk.benchmarks.bench_train import FEW, Save, step_dtype
-from swiftk.benchmarks.harness import Options, peak_extra_mib, peak_resident_mib
+from swiftk.benchmarks.harness import Options, Parser, peak_extra_mib, peak_resident_mib, shared_arguments
 from swiftk.benchmarks.step import (
     CANDIDATES,
     PEER,
@@ -115,7 +114,7 @@ def show(r: dict[str, Any]) -> str:
 
 def run(options: Options, arguments: list[str], save: Save | None = None) -> dict[str, Any]:
     """Measures and prints; `save`, with a name and what to keep, is called at the end."""
-    parser = argparse.ArgumentParser(prog="python -m swiftk.bench memory", allow_abbrev=False)
+    parser = Parser("memory", description=__doc__, parents=[shared_arguments("memory")])
     parser.add_argument("--recompute", choices=RECOMPUTE, default="full", help="ours; default: full")
     parser.add_argument("--tokens", type=int, default=32 if options.quick else 2048, help="of each row")
     parser.add_argument("--rows", type=int, default=2)

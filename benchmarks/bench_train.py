@@ -17,7 +17,6 @@ bf16, where the CPU has it, for both; else fp32. Weights are held as step.py say
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import statistics
@@ -30,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from swiftk.benchmarks.harness import Options, peak_extra_mib
+from swiftk.benchmarks.harness import Options, Parser, peak_extra_mib, shared_arguments
 from swiftk.benchmarks.step import (
     CANDIDATES,
     PEER,
@@ -245,7 +244,7 @@ def step_dtype(options: Options) -> torch.dtype:
 
 def run(options: Options, arguments: list[str], save: Save | None = None) -> list[dict[str, Any]]:
     """Measures and prints; `save`, with a name and what to keep, is called after each tuner."""
-    parser = argparse.ArgumentParser(prog="python -m swiftk.bench train", allow_abbrev=False)
+    parser = Parser("train", description=__doc__, parents=[shared_arguments("train")])
     parser.add_argument("--tuner", nargs="+", choices=TUNERS, help="default: all; on a GPU lora and qlora")
     parser.add_argument("--shape", choices=SHAPES, help="default: small; on a GPU 8b")
     parser.add_argument("--lengths", type=Path, default=GSM8K, metavar="FILE", help="tokens per row, or rows whose tokens are "

@@ -9,7 +9,6 @@ interpreter (tests/triton), bf16 on a GPU alone.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import pkgutil
@@ -20,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from swiftk.benchmarks.harness import Parser
 
 ARCHS = (80, 90, 100)
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,7 +145,7 @@ def chip(name: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m swiftk.bench compile-gpu", description=__doc__, allow_abbrev=False)
+    parser = Parser("compile-gpu", description=__doc__)
     parser.add_argument("--arch", type=chip, nargs="+", choices=ARCHS, default=list(ARCHS))
     parser.add_argument("--only", nargs="+", default=[], metavar="LABEL", help="kernels whose label begins with one of these")
     parser.add_argument("--no-cuda-sources", action="store_true", help="Triton kernels only")

@@ -8,6 +8,7 @@ Bytes and FLOPs are counted by the case, in a comment beside the numbers.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import functools
 import gc
@@ -19,18 +20,28 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from swiftk.decoder.pages import huge_pages
-from swiftk.kernels._native import native, threads
+from swiftk.kernels._native import ISAS, native, threads
 
 RUNS = 3
 MIN_CALLS = 3  # per candidate and run
 MAX_CALLS = 200
 RUN_SECONDS = 1.0  # per run, over all candidates
 LONG_ROUND = 20.0  # seconds: a round over all candidates that takes longer is a run by itself
+PEERS = {  # by part of `python -m swiftk.bench`: what --peers takes
+    "kernels": (
+        "torch", "torch fused", "transformers", "peft", "bitsandbytes", "sdpa per document", "sdpa dense",
+        "sdpa on gathered keys", "flash_attn", "cudnn", "flex_attention", "liger", "transformer_engine", "bare GEMM",
+        "two GEMMs", "frozen linear", "addmm", "LoRA", "copy",
+    ),
+    "train": ("transformers",),
+    "memory": ("transformers",),
+    "decode": ("transformers", "llama.cpp"),
+}  # fmt: skip
 SLOW_SECONDS, SLOW_RATIO = 2.0, 20  # a peer slower than both, ratio to ours, is timed once: its ratio needs no three runs
 
 
@@ -43,7 +54,49 @@ class Options:
     dtypes: tuple[str, ...] = ()  # names; none: all (kernels), the CPU's own (train, memory)
 
     def wants(self, peer: str) -> bool:
+        if not any(peer in names for names in PEERS.values()):  # --peers would refuse it
+            raise ValueError(f"harness.PEERS lacks {peer!r}")
         return self.peers is None or peer in self.peers
+
+
+class Parser(argparse.ArgumentParser):
+    """Of one part of `python -m swiftk.bench`. An error is one line, without the usage."""
+
+    def __init__(self, part: str, **more: Any) -> None:
+        prog, raw = f"python -m swiftk.bench {part}".strip(), argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, allow_abbrev=False, formatter_class=raw, **more)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def shared_arguments(part: str) -> Parser:
+    """What every part that measures takes; `options_of` reads it."""
+    parser, peers = Parser(part, add_help=False), PEERS[part]
+    parser.add_argument("--peers", nargs="+", choices=[*peers, "none"], metavar="NAME",
+                        help=f"only some of {', '.join(peers)}, or none; default: all that are installed")  # fmt: skip
+    parser.add_argument("--isa", default="auto", choices=ISAS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtypes", nargs="+", default=[], choices=["float32", "bfloat16", "float64"],
+                        help="default: all; train and decode: one, bfloat16 where the device multiplies it")  # fmt: skip
+    parser.add_argument("--threads", type=int, help="intra-op threads; default: torch's")
+    parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/<machine>/")
+    parser.add_argument("--quick", action="store_true", help="smallest shapes, one run: tests the benchmark, not the speed")
+    return parser
+
+
+def options_of(args: argparse.Namespace, parser: Parser) -> Options:
+    """What this machine cannot do is refused here, before anything runs; sets the number of threads."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device has cuda, but torch sees no CUDA device; wants cpu, or a CUDA build of torch and its driver")
+    try:
+        native().resolve_isa(args.isa)
+    except ValueError as error:
+        parser.error(f"--{error}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    peers = None if args.peers is None else frozenset(args.peers) - {"none"}
+    return Options(isa=args.isa, device=args.device, peers=peers, quick=args.quick, dtypes=tuple(args.dtypes))
 
 
 @dataclass(frozen=True)

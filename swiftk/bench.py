@@ -4,10 +4,10 @@ JSON, `readme` writes README's tables."""
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import functools
 import importlib
+import importlib.util
 import json
 import subprocess
 import sys
@@ -18,12 +18,30 @@ import torch
 
 from swiftk.allocator import keep_freed_memory
 from swiftk.benchmarks import compile_gpu, gpu, report
-from swiftk.benchmarks.harness import Limits, Options, as_json, environment, machine_name, measure
+from swiftk.benchmarks.harness import (
+    Limits,
+    Options,
+    Parser,
+    as_json,
+    environment,
+    machine_name,
+    measure,
+    options_of,
+    shared_arguments,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 GENERATED = (":!benchmarks/results", ":!README.md", ":!docs/benchmarks.md")
-WORKS = ("kernels", "train", "memory", "decode", "compile-gpu", "gpu", "readme")
+PARTS = {
+    "kernels": "every op, or some, with their peers",
+    "train": "a step of full tuning, LoRA, QLoRA against transformers, peft, bitsandbytes",
+    "memory": "a QLoRA step's memory, component by component",
+    "decode": "the decoder against transformers and llama.cpp",
+    "compile-gpu": "compiles every GPU kernel, without a GPU (make compile-gpu)",
+    "gpu": "all that a CUDA device is asked to do (make gpu)",
+    "readme": "README's tables and docs/benchmarks.md from the saved JSON",
+}
 
 
 def kernel_names() -> list[str]:
@@ -61,12 +79,8 @@ def saved(name: str, options: Options) -> dict[str, Any] | None:
 
 
 def run_kernels(options: Options, only: list[str], keep: bool, plot: Path | None) -> int:
-    names = kernel_names()
-    unknown = [n for n in only if n not in names]
-    if unknown:
-        raise SystemExit(f"swiftk.bench: --only has {unknown[0]!r}, wants some of {', '.join(names)}")
     limits, everything, failed = Limits(options.device), [], 0
-    for name in only or names:
+    for name in only or kernel_names():
         module = importlib.import_module(f"swiftk.benchmarks.kernels.bench_{name}")
         records = []
         for case in module.cases(options):
@@ -91,51 +105,62 @@ def run_kernels(options: Options, only: list[str], keep: bool, plot: Path | None
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["compile-gpu"]:
+    parts = "\n".join(f"  {name:12} {what}" for name, what in PARTS.items())
+    parser = Parser("", description=__doc__, epilog=f"parts:\n{parts}",
+                    usage="%(prog)s PART [options]")  # fmt: skip
+    parser.add_argument("part", choices=PARTS, metavar="PART", help="one of those below; each has a --help")
+    if not argv:
+        parser.print_help()
+        return 2
+    part = parser.parse_args(argv[:1]).part
+    if part == "compile-gpu":
         return compile_gpu.main(argv[1:])
-    parser = argparse.ArgumentParser(prog="python -m swiftk.bench", description=__doc__, allow_abbrev=False)
-    parser.add_argument("what", nargs="?", choices=WORKS, default="kernels")
-    parser.add_argument("--only", nargs="+", default=[], metavar="OP", help="of kernels: ops; of decode: works")
-    parser.add_argument("--peers", nargs="+", metavar="NAME", help="only these peers (none: no peer); default: all installed")
-    parser.add_argument("--isa", default="auto", choices=["auto", "avx512", "avx2", "portable"])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--dtypes", nargs="+", default=[], choices=["float32", "bfloat16", "float64"], help="default: all")
-    parser.add_argument("--threads", type=int, help="intra-op threads; default: torch's")
-    parser.add_argument("--save", action="store_true", help="keep the JSON under benchmarks/results/<machine>/")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart of the ratios (png, svg, pdf)")
-    parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two saved results")
-    parser.add_argument("--parts", nargs="*", default=[], help="of `gpu`: build, test, sanitize, train-lora, ..., bench-<op>")
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="of `gpu`: stop before a part that may not fit")
-    parser.add_argument("--quick", action="store_true", help="smallest shapes, one run: tests the benchmark, not the speed")
-    args, rest = parser.parse_known_args(argv)
-    if rest and args.what not in ("train", "memory", "decode"):
-        parser.error(f"unknown arguments {' '.join(rest)}")
-    if args.compare:
-        print(report.compare(*args.compare))
-        return 0
-    if args.what == "readme":
+    if part == "gpu":
+        return main_gpu(argv[1:])
+    if part == "kernels":
+        return main_kernels(argv[1:])
+    if part == "readme":
+        Parser(part, description=PARTS[part]).parse_args(argv[1:])
         report.write_readme(ROOT / "README.md", RESULTS)
         (ROOT / "docs" / "benchmarks.md").write_text(report.page(RESULTS))
         return 0
-    if args.what == "gpu":
-        on_gpu = Options(isa=args.isa, device="cuda")
-        known = functools.partial(saved, options=on_gpu)
-        return gpu.run(args.parts, kernel_names(), lambda name, payload: save(name, on_gpu, payload), known, ROOT, args.budget)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device has cuda, but torch sees no CUDA device; wants cpu, or a CUDA build of torch and its driver")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    peers = None if args.peers is None else frozenset(args.peers) - {"none"}
-    options = Options(isa=args.isa, device=args.device, peers=peers, quick=args.quick, dtypes=tuple(args.dtypes))
+    shared = shared_arguments(part)
+    args, rest = shared.parse_known_args(argv[1:])  # the rest, and --help, is the part's own
+    own = importlib.import_module(f"swiftk.benchmarks.bench_{part}")
+    if {"-h", "--help"} & set(rest):
+        own.run(Options(), ["--help"])
+    options = options_of(args, shared)
     torch.manual_seed(0)
-    if args.what == "kernels":
-        keep_freed_memory()
-        return run_kernels(options, args.only, args.save, args.plot)
-    keep = (lambda name, payload: save(name, options, payload)) if args.save else None
-    if args.only:
-        rest += ["--only", *args.only]
-    importlib.import_module(f"swiftk.benchmarks.bench_{args.what}").run(options, rest, keep)
+    own.run(options, rest, (lambda name, payload: save(name, options, payload)) if args.save else None)
     return 0
+
+
+def main_kernels(argv: list[str]) -> int:
+    parser = Parser("kernels", description=PARTS["kernels"], parents=[shared_arguments("kernels")])
+    parser.add_argument("--only", nargs="+", default=[], choices=kernel_names(), metavar="OP",
+                        help=f"some of {', '.join(kernel_names())}")  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a bar chart of the ratios (png, svg, pdf)")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two saved results, nothing is run")
+    args = parser.parse_args(argv)
+    if args.compare:
+        print(report.compare(*args.compare))
+        return 0
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error('--plot wants matplotlib: pip install -e ".[bench]"')
+    options = options_of(args, parser)
+    torch.manual_seed(0)
+    keep_freed_memory()
+    return run_kernels(options, args.only, args.save, args.plot)
+
+
+def main_gpu(argv: list[str]) -> int:
+    parser = Parser("gpu", description=PARTS["gpu"])
+    parser.add_argument("--parts", nargs="*", default=[], metavar="PART", help=f"of {', '.join(gpu.parts(kernel_names()))}")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop before a part that may not fit")
+    args = parser.parse_args(argv)
+    options = Options(device="cuda")
+    known = functools.partial(saved, options=options)
+    return gpu.run(args.parts, kernel_names(), lambda name, payload: save(name, options, payload), known, ROOT, args.budget)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
 
 from swiftk import bench
-from swiftk.benchmarks import report
+from swiftk.benchmarks import harness, report
 from swiftk.benchmarks.harness import Case, Limits, Options, as_json, measure, peak_extra_mib
 
 
@@ -27,8 +30,6 @@ class FixedLimits(Limits):
 
 @pytest.mark.parametrize("name", bench.kernel_names())
 def test_smallest_case_of_each_op(name):
-    import importlib
-
     options = Options(quick=True, peers=frozenset())
     found = list(importlib.import_module(f"swiftk.benchmarks.kernels.bench_{name}").cases(options))
     assert found, f"bench_{name} yields no case"
@@ -41,12 +42,17 @@ def make(value: float) -> Case:
     def check(y):
         assert y == 1.0, f"got {y}"
 
-    return Case(op="op", name="case", dtype=torch.float32, run=lambda: value, check=check, bytes=8, peers={"peer": lambda: 1.0})
+    return Case(op="op", name="case", dtype=torch.float32, run=lambda: value, check=check, bytes=8, peers={"torch": float})
 
 
 def test_wrong_values_are_never_timed():
     with pytest.raises(AssertionError, match=r"got 2.0"):
         measure(make(2.0), FixedLimits("cpu"), Options(quick=True))
+
+
+def test_a_peer_that_the_option_does_not_know_is_noticed():
+    with pytest.raises(ValueError, match="PEERS lacks 'other'"):
+        measure(dataclasses.replace(make(1.0), peers={"other": lambda: 1.0}), FixedLimits("cpu"), Options(quick=True))
 
 
 def test_results_are_compared_and_rendered(tmp_path):
@@ -59,16 +65,58 @@ def test_results_are_compared_and_rendered(tmp_path):
     for name, r in (("a", record), ("b", slow)):
         (tmp_path / f"{name}.json").write_text(json.dumps({"records": [r]}))
     assert "slower" in report.compare(tmp_path / "a.json", tmp_path / "b.json")
-    assert "peer" in report.table([record]) and "| op |" in report.markdown([record])
+    assert "torch 1." in report.table([record | {"ratios": {"torch": 1.5}}]) and "| op |" in report.markdown([record])
     report.plot([record], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0
     with pytest.raises(SystemExit, match="has no results"):
         report.load(tmp_path / "missing.json")
 
 
-def test_unknown_op_is_an_error():
-    with pytest.raises(SystemExit, match="--only has 'nope', wants some of"):
-        bench.main(["kernels", "--only", "nope"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nope"], "invalid choice: 'nope' (choose from 'kernels', 'train'"),
+        (["--quick"], "required: PART"),
+        (["kernels", "--only", "nope"], "invalid choice: 'nope' (choose from 'adamw_8bit', 'dropout'"),
+        (["kernels", "--peers", "nonsense"], "invalid choice: 'nonsense' (choose from 'torch', 'torch fused'"),
+        (["train", "--peers", "torch"], "invalid choice: 'torch' (choose from 'transformers', 'none')"),
+        (["decode", "--only", "nope", "--quick"], "invalid choice: 'nope' (choose from 'single-nf4'"),
+        (["train", "--tuner", "lora", "--steps", "0"], "--steps has 0, wants at least 1"),
+        (["memory", "--nope"], "unrecognized arguments: --nope"),
+        (["kernels", "--plot", "x.png"], '--plot wants matplotlib: pip install -e ".[bench]"'),
+        (["kernels", "--isa", "avx512"], "--isa has 'avx512', which this CPU does not support"),
+        (["decode", "--isa", "avx512"], "--isa has 'avx512', which this CPU does not support"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_before_anything_runs(arguments, message, monkeypatch, capsys):
+    def resolve_isa(name):
+        if name == "avx512":
+            raise ValueError("isa has 'avx512', which this CPU does not support; wants auto")
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else find(name, *more))
+    monkeypatch.setattr(harness, "native", lambda: types.SimpleNamespace(resolve_isa=resolve_isa))
+    with pytest.raises(SystemExit) as ended:
+        bench.main(arguments)
+    shown = capsys.readouterr()
+    assert ended.value.code == 2 and message in shown.err and shown.err.count("\n") == 1 and not shown.out
+
+
+def test_help_says_what_a_part_takes(capsys):
+    assert bench.main([]) == 2
+    shown = capsys.readouterr().out
+    assert all(f"\n  {part} " in shown for part in bench.PARTS)
+    own = {
+        "kernels": "rms_norm", "train": "--tuner", "memory": "--tokens", "decode": "single-nf4", "compile-gpu": "--arch",
+        "gpu": "train-qlora-7b", "readme": "README",
+    }  # fmt: skip
+    assert own.keys() == bench.PARTS.keys()
+    for part, word in own.items():
+        with pytest.raises(SystemExit) as ended:
+            bench.main([part, "--help"])
+        shown = capsys.readouterr().out
+        assert ended.value.code == 0 and word in shown, part
+        assert ("--peers" in shown and "--save" in shown) == (part in harness.PEERS)
 
 
 def test_peak_extra_memory_sees_a_temporary():
