@@ -114,7 +114,7 @@ def sources(pattern: str) -> list[str]:
 
 def digest() -> str:
     """Of everything below csrc, as kernels/_native.py has it of the sources that it finds."""
-    files = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".inc", ".cpp", ".cu"))
+    files = sorted(p for p in (ROOT / "csrc").rglob("[!.]*") if p.suffix in (".h", ".inc", ".cpp", ".cu") and p.is_file())
     return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:16]
 
 

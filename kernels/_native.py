@@ -55,7 +55,7 @@ def _check(module: Any, build: str) -> None:
 
 def digest(csrc: Path) -> str:
     """Of all sources, as setup.py has it, which cannot import this file."""
-    files = sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".inc", ".cpp", ".cu"))
+    files = sorted(p for p in csrc.rglob("[!.]*") if p.suffix in (".h", ".inc", ".cpp", ".cu") and p.is_file())
     return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()[:16]
 
 

@@ -81,6 +81,7 @@ class _Absent:
 def launch(kernel: Any, grid: Sequence[int], *args: Any, fuse: bool = True, **meta: Any) -> None:
     """kernel[grid](*args, **meta) on the device of the first argument, a tensor; nothing where the grid is empty.
 
+    Integers may wrap: hashes do so on purpose, and under TRITON_DEBUG=1 Triton would assert that none does.
     fuse: a product and a sum may become one fused multiply-add (Triton 3.9 does by default, 3.10 does not: said here once).
     False where bits are promised.
     """
@@ -91,12 +92,12 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, fuse: bool = True, **me
             f"{kernel.fn.__name__}: an argument has dtype torch.bfloat16, whose arithmetic is wrong under TRITON_INTERPRET=1, "
             "wants torch.float32 or torch.float64"
         )
-    device = args[0].device
+    device, meta = args[0].device, meta | {"enable_fp_fusion": fuse, "sanitize_overflow": False}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):  # Triton launches on the current device, whatever its arguments
-            kernel[tuple(grid)](*args, enable_fp_fusion=fuse, **meta)
+            kernel[tuple(grid)](*args, **meta)
     else:
-        kernel[tuple(grid)](*args, enable_fp_fusion=fuse, **meta)
+        kernel[tuple(grid)](*args, **meta)
 
 
 _interpreted = torch.library.Library("swiftk", "IMPL") if INTERPRETED else None

@@ -71,7 +71,7 @@ def test_a_launch_is_not_blamed_for_an_earlier_error(tmp_path):
     assert said[3].startswith(said[2]) and "SWIFTK_CUDA_ARCHS" in said[3]
     for source in compile_gpu.cuda_sources():  # each launch has both
         text = source.read_text()
-        assert 0 < text.count("check_launch(\"") == text.count("check_earlier(\""), source
+        assert 0 < text.count('check_launch("') == text.count('check_earlier("'), source
 
 
 def test_spills_and_shared_memory_are_errors():

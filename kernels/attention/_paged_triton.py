@@ -47,7 +47,7 @@ def _sequence_of(cu_seqlens, batch, at, TOKENS: tl.constexpr, EACH: tl.constexpr
         i = first + tl.arange(0, 128)
         start = tl.load(cu_seqlens + i, mask=i < batch, other=0) // TOKENS + i * EACH
         count += tl.sum(tl.where(i < batch, start, at + 1) <= at, axis=0).to(tl.int32)
-    return count - 1
+    return tl.maximum(count - 1, 0)  # none where cu_seqlens does not begin with 0
 
 
 @jit
@@ -129,9 +129,10 @@ def _paged_kernel(
     q_begin = tl.load(cu_seqlens + i)
     q_end = tl.load(cu_seqlens + i + 1)
     start = q_begin + (tile - (q_begin // TOKENS + i)) * TOKENS
-    tl.device_assert(q_end >= q_begin, "paged_attention: cu_seqlens_q decreases")
+    rises = (q_end >= q_begin) & ((i > 0) | (q_begin == 0))
+    tl.device_assert(rises, "paged_attention: cu_seqlens_q decreases or does not begin with 0")
     tl.device_assert(q_end <= total_q, "paged_attention: cu_seqlens_q is beyond the tokens of q")
-    if start < tl.minimum(q_end, total_q):
+    if (start >= q_begin) & (start < tl.minimum(q_end, total_q)):
         row = tl.arange(0, ROWS)
         token = start + row // GROUP
         rows = (row < TOKENS * GROUP) & (token < tl.minimum(q_end, total_q))
@@ -233,7 +234,8 @@ def paged_triton(
 ) -> None:
     """`paged_attention_out` on a GPU."""
     total_q, heads, dim = q.shape
-    kv_heads, batch, max_blocks, size = k_cache.shape[2], cache_seqlens.numel(), block_table.shape[1], k_cache.shape[1]
+    (pages, size, kv_heads, _), batch = k_cache.shape, cache_seqlens.numel()
+    max_blocks = block_table.shape[1] if pages else 0
     if batch == 0:
         return  # tokens of no sequence
     group = heads // kv_heads
@@ -245,7 +247,7 @@ def paged_triton(
     splits = -(-max_blocks * size // tile["SPLIT"])
     acc = acc_dtype(q.dtype)
     partial_bytes = total_q * heads * splits * (dim + 2) * acc.itemsize
-    walk = splits == 1 or tiles * kv_heads >= PROGRAMS or partial_bytes > PARTIAL_BYTES
+    walk = splits <= 1 or tiles * kv_heads >= PROGRAMS or partial_bytes > PARTIAL_BYTES
     partial = stats = out
     if not walk:
         partial = torch.empty(total_q, heads, splits, dim, dtype=acc, device=q.device)

@@ -39,7 +39,7 @@ def _delta_kernel(
     index, tile = find_tile(cu, place, documents, 1, BLOCK, STEPS)
     q_start, q_len, _k_start, _k_len, _q_pos, _k_pos = segment_of(cu, table, index, documents, total_q, total_k, SEGMENTS)
     row = tile * BLOCK + tl.arange(0, BLOCK)
-    seen = row < q_len
+    seen = (row >= 0) & (row < q_len)
     token = (q_start + row).to(tl.int64)
     column = tl.arange(0, WIDTH)
     before = tl.load(lse + head * total_q + token, mask=seen, other=float("-inf"))
@@ -130,7 +130,7 @@ def _dq_kernel(
     index, tile = find_tile(cu, tiles - 1 - tl.program_id(0) % tiles, documents, GROUP, BLOCK_M, STEPS)
     q_start, q_len, k_start, k_len, q_pos, k_pos = segment_of(cu, table, index, documents, total_q, total_k, SEGMENTS)
     rows, row0 = q_len * GROUP, tile * BLOCK_M
-    if row0 >= rows:
+    if (row0 < 0) | (row0 >= rows):
         return
     row = row0 + tl.arange(0, BLOCK_M)
     seen = row < rows
@@ -265,7 +265,7 @@ def _dkv_kernel(
         index, tile = find_tile(table, place, documents, 1, BLOCK_N, STEPS)
         k_start, k_len, q_start, q_len, q_pos, _k_pos = segment_of(table, cu, index, documents, total_k, total_q, False)
         q_pos = -q_pos
-        key0, key_end = k_start + tile * BLOCK_N, k_start + k_len
+        key0, key_end = k_start + tl.where(tile < 0, k_len, tile * BLOCK_N), k_start + k_len
     if key0 >= key_end:
         return
     key = key0 + tl.arange(0, BLOCK_N)

@@ -32,13 +32,15 @@ VARIES = ("total_q", "total_k", "documents", "tiles")
 
 @jit
 def find_tile(cu, tile, documents, GROUP: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """The document of a block and the block's number in it: 128 probes a step, each of one load."""
+    """The document of a block and the block's number in it, which is negative where cu is none: 128 probes a step, each of one
+    load."""
     index = tile * 0
     for step in tl.static_range(STEPS):
         probe = index + tl.arange(0, 128) * (128 ** (STEPS - 1 - step))
         inside = probe <= documents
         first = tl.load(cu + probe, mask=inside, other=0).to(tl.int64) * GROUP // BLOCK + probe
         index += (tl.sum((inside & (first <= tile)).to(tl.int32), axis=0) - 1) * (128 ** (STEPS - 1 - step))
+    index = tl.maximum(index, 0)  # below 0 where cu does not begin with 0
     return index, tile - (tl.load(cu + index).to(tl.int64) * GROUP // BLOCK + index).to(tl.int32)
 
 
@@ -56,6 +58,9 @@ def segment_of(cu, table, index, documents, total_q, total_k, SEGMENTS: tl.const
         k_len = tl.load(table + index + 1, mask=inside, other=0) - k_start
     known = (q_start >= 0) & (q_len >= 0) & (q_start + q_len <= total_q)
     known = known & (k_start >= 0) & (k_len >= 0) & (k_start + k_len <= total_k)
+    if not SEGMENTS:
+        known = known & ((index > 0) | ((q_start == 0) & (k_start == 0)))
+    known = known | (index >= documents)
     tl.device_assert(known, "varlen_attention: cu_seqlens or segments decrease or are beyond the tensors")
     q_start, k_start = tl.minimum(tl.maximum(q_start, 0), total_q), tl.minimum(tl.maximum(k_start, 0), total_k)
     q_len, k_len = tl.minimum(q_len, total_q - q_start), tl.maximum(tl.minimum(k_len, total_k - k_start), 0)
@@ -74,7 +79,8 @@ def sequence_of(cu, lengths, index, documents, total_q, most):
     q_len = tl.load(cu + index + 1, mask=inside, other=0) - q_start
     k_len = tl.load(lengths + index, mask=inside, other=0)
     if index < documents:
-        tl.device_assert(q_len >= 0, "paged_attention: cu_seqlens_q decreases")
+        rises = (q_len >= 0) & ((index > 0) | (q_start == 0))
+        tl.device_assert(rises, "paged_attention: cu_seqlens_q decreases or does not begin with 0")
         tl.device_assert(q_start + q_len <= total_q, "paged_attention: cu_seqlens_q is beyond the tokens of q")
         tl.device_assert(k_len <= most, "paged_attention: cache_seqlens is beyond the block table")
         enough = (k_len >= q_len) | (k_len == 0)

@@ -78,7 +78,7 @@ def _tiles(
     return acc0, acc1, m, l
 
 
-@jit(varies=(*VARIES, "last_page"))
+@jit(varies=(*VARIES, "page_row", "last_page"))
 def varlen_fwd_kernel(
     out, lse, q, k, v, sinks, cu, table, pages, page_row, last_page, k_page, v_page, k_head, v_head, out_token, total_q,
     total_k, documents, tiles, left, right, scale, softcap, factor, GROUP: tl.constexpr, STEPS: tl.constexpr, D0: tl.constexpr,
@@ -98,7 +98,7 @@ def varlen_fwd_kernel(
     else:
         q_start, q_len, k_start, k_len, q_pos, k_pos = segment_of(cu, table, index, documents, total_q, total_k, SEGMENTS)
     rows, row0 = q_len * GROUP, tile * BLOCK_M
-    if row0 >= rows:
+    if (row0 < 0) | (row0 >= rows):
         return
     row = row0 + tl.arange(0, BLOCK_M)
     seen = row < rows
@@ -178,7 +178,7 @@ def paged_attention_triton(
 ) -> None:
     """`paged_attention_out` of paged.py with the bits of `attention_triton` on the gathered keys."""
     (total_q, heads, dim), (page_count, page, kv_heads, _), q = q.shape, k_cache.shape, tiles_of.near(q)
-    batch, max_blocks = block_table.shape
+    batch, max_blocks = block_table.shape[0], block_table.shape[1] if page_count else 0
     options = softmax_scale, softcap, left, right
     scalars, constants = tiles_of.options_of(q, kv_heads, k_cache.stride(1), v_cache.stride(1), *options)
     shape = tiles_of.blocks("fwd", dim, q.dtype, tiles_of.arch_of(q.device))

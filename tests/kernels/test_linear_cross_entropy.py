@@ -147,8 +147,7 @@ def test_shards_of_the_vocabulary_equal_the_whole():
 
     def sharded(xs, ws, ys, *, token_weights):
         shards = [
-            vocab_stats(xs, ws[a:b], ys, vocab_start=a, vocab_size=6000, logit_sum=True)
-            for a, b in itertools.pairwise(cuts)
+            vocab_stats(xs, ws[a:b], ys, vocab_start=a, vocab_size=6000, logit_sum=True) for a, b in itertools.pairwise(cuts)
         ]
         return cross_entropy_from_stats(merge_vocab_stats(shards), ys, 6000, token_weights=token_weights, **options)
 

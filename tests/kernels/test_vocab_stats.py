@@ -103,9 +103,7 @@ def test_shards_add_up():
     cuts = [0, 1700, 1701, 6000]
 
     def sharded(xs, ws, ys, **options):
-        shards = [
-            everything(xs, ws[a:b], ys, vocab_start=a, vocab_size=6000, **options) for a, b in itertools.pairwise(cuts)
-        ]
+        shards = [everything(xs, ws[a:b], ys, vocab_start=a, vocab_size=6000, **options) for a, b in itertools.pairwise(cuts)]
         return merge_vocab_stats(shards)
 
     for softcap in (0.0, 4.0):
@@ -183,9 +181,7 @@ def test_opcheck_and_compile():
     arguments = (x, w, y, IGNORE, 0, 300, 0.0, True, True, None, 0, None, None, None, "vocab_stats", "auto", "auto")
     torch.library.opcheck(torch.ops.swiftk.vocab_stats_fwd.default, arguments)
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
-    results = [
-        (f(x, w, y), torch.autograd.grad(f(x, w, y).logprob.square().sum(), (x, w))) for f in (compiled, everything)
-    ]
+    results = [(f(x, w, y), torch.autograd.grad(f(x, w, y).logprob.square().sum(), (x, w))) for f in (compiled, everything)]
     for a, b in zip(*results, strict=True):
         assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
 

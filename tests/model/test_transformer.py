@@ -28,9 +28,7 @@ from tests.model.families import FAMILIES, make_ours, pack
 
 
 def lora_linear_group_ref(x, weights, adapters, biases, *, dropouts):
-    return tuple(
-        lora_linear_ref(x, *given, dropout=d) for *given, d in zip(weights, adapters, biases, dropouts, strict=True)
-    )
+    return tuple(lora_linear_ref(x, *given, dropout=d) for *given, d in zip(weights, adapters, biases, dropouts, strict=True))
 
 
 REFERENCES = Ops(

@@ -64,7 +64,7 @@ def reference(p, grads, rank, gap, scale):
             new = torch.linalg.svd(g)[0][:, :rank]
             q = new if q is None else new * torch.where((new * q).sum(0) < 0, -1.0, 1.0)
         r = q.t() @ g
-        m, v = ((0, 0) if m is None else (m * beta1, v * beta2))
+        m, v = (0, 0) if m is None else (m * beta1, v * beta2)
         m, v = m + (1 - beta1) * r, v + (1 - beta2) * r * r
         n = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + RATES["eps"])
         update = q @ n if wide else (q @ n).t()

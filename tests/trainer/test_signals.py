@@ -20,7 +20,8 @@ from tests.trainer import toy
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = "import sys; from swiftk.train import main; sys.exit(main(sys.argv[1:]))"
 # rank 1 hangs in its third step, as in a deadlock outside of Python's reach
-HANG = """
+HANG = (
+    """
 import sys, time, os
 from swiftk.trainer import loop
 original, calls = loop.learning_rate, []
@@ -30,7 +31,9 @@ def hang(*args):
         time.sleep(3600)
     return original(*args)
 loop.learning_rate = hang
-""" + MAIN
+"""
+    + MAIN
+)
 
 
 def free_port() -> int:

@@ -43,14 +43,37 @@ def dots_like_a_gpus():
 
 
 @contextlib.contextmanager
-def asserts(message: str):
-    """tl.device_assert in force as under TRITON_DEBUG=1, which the interpreter does not obey: one with `message` fails. Not for
-    a device, where an assertion ends the process's use of it."""
-    from triton.runtime import errors, interpreter
+def device_asserts():
+    """As under TRITON_DEBUG=1 on a GPU: tl.device_assert is evaluated, and raises its text. Triton's own
+    asserts that integers do not wrap are there too where a launch asks for them. On a GPU nothing changes."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
 
-    options = dataclasses.replace(interpreter.interpreter_builder.options, debug=True)
-    patch = mock.patch.object(interpreter.interpreter_builder, "options", options)
-    with patch, pytest.raises(errors.InterpreterError, match=message):
+    launch, builder = interpreter.GridExecutor.__call__, interpreter.interpreter_builder
+
+    def create_assert(self, condition, message):
+        assert np.all(condition.data), message
+
+    def call(self, *args, sanitize_overflow=True, **kwargs):
+        debugged = dataclasses.replace(builder.options, debug=True, sanitize_overflow=sanitize_overflow)
+        with mock.patch.object(builder, "options", debugged):
+            return launch(self, *args, **kwargs)
+
+    with (
+        mock.patch.object(interpreter.InterpreterBuilder, "create_assert", create_assert),
+        mock.patch.object(interpreter.GridExecutor, "__call__", call),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def asserts(message: str):
+    """One device assertion with `message` fails. Not for a GPU, where it ends the process's use of the device."""
+    from triton.runtime.errors import InterpreterError
+
+    with device_asserts(), pytest.raises(InterpreterError, match=message):
         yield
 
 

@@ -13,7 +13,7 @@ from swiftk.kernels.linear_cross_entropy import token_logprobs
 from swiftk.model import Model, ModelConfig
 from swiftk.parallel.mesh import Mesh
 from tests.triton.conftest import ON_CUDA
-from tests.triton.launched import dots_like_a_gpus
+from tests.triton.launched import device_asserts, dots_like_a_gpus
 
 CONFIG = dict(
     model_type="qwen3", architectures=["Qwen3ForCausalLM"], vocab_size=50, hidden_size=32, intermediate_size=48,
@@ -24,8 +24,8 @@ DTYPES = [torch.float32, *([torch.bfloat16] if ON_CUDA else [])]
 SIZES = dict(num_blocks=24, block_size=4, max_tokens=24, max_seqs=3, max_len=48)
 
 
-def make(device, dtype=torch.float32, **options) -> Model:
-    config = ModelConfig.from_hf(dict(CONFIG))
+def make(device, dtype=torch.float32, layers=2, **options) -> Model:
+    config = ModelConfig.from_hf(CONFIG | dict(num_hidden_layers=layers))
     torch.manual_seed(0)
     return Model(config, Mesh.single(), compute_dtype=dtype, seed=3, numerics="invariant", **options).to(device)
 
@@ -62,6 +62,26 @@ def test_hidden_states_in_any_pieces(dtype, device):
         with torch.no_grad():
             cu = torch.tensor([0, 13], dtype=torch.int32, device=device)
             assert torch.equal(model(torch.tensor(ids, device=device), torch.arange(13, device=device), cu), whole)
+
+
+def test_padding_of_rows_and_sequences_touches_nothing(device):
+    """More sequences than a step has, blocks from 0 on, and a step that had more of both before it."""
+    model = make(device, layers=1)
+    sizes = SIZES | dict(block_size=8, max_tokens=48, max_seqs=8)
+    ids = torch.randint(0, 50, (12,)).tolist()
+    blocks = [[0, 1], [2, 3], [4, 5]]
+    with dots_like_a_gpus(), device_asserts():
+        used, fresh = Forward(model, **sizes), Forward(model, **sizes)
+        feed(used, *((ids[:1], 0, b) for b in (*blocks, [6])))
+        pieces = [(ids, 0, b) for b in blocks]
+        for got, want in zip(feed(used, *pieces), feed(fresh, *pieces), strict=True):
+            assert torch.equal(got, want)
+        for begin, end in (
+            (0, 5),
+            (5, 6),
+        ):  # padded to 8 rows, none of which writes a slot
+            (got,), (want,) = feed(used, (ids[begin:end], begin, [0])), feed(fresh, (ids[begin:end], begin, [10]))
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -127,6 +147,23 @@ def test_adapters_in_one_step_and_weights_that_move(device):
         assert plain.follow()
         moved = feed(plain, (ids, 0, [3, 9]))[0]
         assert torch.equal(moved, feed(Forward(base, **SIZES), (ids, 0, [3, 9]))[0]) and not torch.equal(moved, of[2])
+
+
+@pytest.mark.skipif(not ON_CUDA, reason="a CUDA graph")
+def test_steps_with_and_without_adapters_have_graphs_of_their_own():
+    device = torch.device("cuda")
+    base = make(device, torch.bfloat16, tuner=TunerConfig(tuner_type="none"))
+    n, k = base.linears()["model.layers.0.self_attn.q_proj"].weight.shape
+    pair = torch.randn(4, k, device=device, dtype=torch.bfloat16), torch.randn(n, 4, device=device, dtype=torch.bfloat16)
+    one = LoadedAdapter(0.5, {"model.layers.0.self_attn.q_proj": pair})
+    forward = Forward(base, adapters=[one], **SIZES)
+    found = {}
+    for turn in range(3):  # the first step of a size runs, and its graph after that
+        for adapter in (-1, 0):
+            (got,) = feed(forward, ([3, 7, 1], 0, [4]), adapter=adapter)
+            assert turn == 0 or torch.equal(got, found[adapter])
+            found[adapter] = got
+    assert not torch.equal(found[-1], found[0])
 
 
 @pytest.mark.skipif(not ON_CUDA, reason="a CUDA graph")

@@ -75,6 +75,7 @@ def test_a_prefill_in_any_chunks_has_the_bits_of_varlen_attention(case, dtype, d
     q, cache, cu_q, options = on(device, case, dtype)
     (first_q, second_q), (first_k, second_k) = case[0], case[1]
     k_cache, v_cache, table, lens = cache
+    cache[1] = v_cache = v_cache.transpose(1, 2).contiguous().transpose(1, 2)  # of other strides than k_cache
     options |= dict(return_lse=True)
     with operators_take(dtype), dots_like_a_gpus():
         k, v = (paged.gather_ref(x, table, lens) for x in (k_cache, v_cache))
@@ -129,17 +130,33 @@ def test_more_queries_than_keys_and_no_sequences(device):
     assert (out == 0).all() and (lse == EMPTY).all()
 
 
-def test_strides(device):
-    """q as a slice of a fused projection, a cache with its heads outside of its tokens, out inside of a wider buffer."""
+@pytest.mark.parametrize("numerics", ["auto", "invariant"])
+def test_strides(numerics, device):
+    """q as a slice of a fused projection, a cache with its heads outside of its tokens, a table within a wider one, out inside
+    of a wider buffer; the tokens of no sequence are not written."""
     _, cache, cu_q, _ = on(device, ([1, 5], [10, 20], 4, 2, 24, 16, (-1, -1), 0.0, False), torch.float32)
-    qkv = torch.randn(6, 8 * 24, device=device)
-    q = qkv[:, : 4 * 24].view(6, 4, 24)
-    want = paged_attention(q.contiguous(), *cache, cu_q)
+    qkv = torch.randn(8, 8 * 24, device=device)
+    q = qkv[:, : 4 * 24].view(8, 4, 24)
+    want = paged_attention(q.contiguous(), *cache, cu_q, numerics=numerics)
     k_cache, v_cache = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in cache[:2])
-    wide = qkv.new_full((7, 4 * 24 + 5), torch.nan)
-    out = wide[:6, : 4 * 24].view(6, 4, 24)
-    paged_attention_out(q, k_cache, v_cache, *cache[2:], cu_q, None, 24**-0.5, 0.0, -1, 0, out)
-    assert torch.equal(out, want) and wide[:6, 4 * 24 :].isnan().all() and wide[6:].isnan().all()
+    table = torch.cat([cache[2], torch.full((2, 3), 10**6, dtype=torch.int32, device=device)], 1)[:, :-3]
+    wide = qkv.new_full((8, 4 * 24 + 5), torch.nan)
+    out = wide[:, : 4 * 24].view(8, 4, 24)
+    paged_attention_out(q, k_cache, v_cache, table, cache[3], cu_q, None, 24**-0.5, 0.0, -1, 0, out, numerics=numerics)
+    assert torch.equal(out[:6], want[:6]) and wide[:, 4 * 24 :].isnan().all() and wide[6:].isnan().all()
+
+
+@pytest.mark.parametrize("numerics", ["auto", "invariant"])
+def test_blocks_and_lengths_out_of_range_are_cut(numerics, device):
+    """What they give means nothing; nothing is read outside of the cache."""
+    q, (k_cache, v_cache, table, _), cu_q, _ = on(
+        device, ([1, 1], [10, 20], 2, 1, 16, 16, (-1, -1), 0.0, False), torch.float32
+    )  # fmt: skip
+    k_cache, v_cache = k_cache.nan_to_num(), v_cache.nan_to_num()
+    for lens in ((10, 20), (2**31 - 1, -(2**31))):
+        for far in (2 * 10**9, -2 * 10**9):
+            tables = table.clone().fill_(far), torch.tensor(lens, dtype=torch.int32, device=device)
+            assert paged_attention(q, k_cache, v_cache, *tables, cu_q, numerics=numerics).isfinite().all()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="an assertion on a device ends the process's use of it")
