@@ -21,6 +21,7 @@ def _cells(r: dict[str, Any]) -> list[str]:
     return [*what, f"{r['ms']:.3g}", _rate(r), f"{r['percent_of_limit']:.0f} %", f"{100 * r['self_spread']:.0f} %", against]
 
 
+ORIGIN = "A commit with a + had changes on top that were not committed yet."
 BUSY = 0.2  # self-pair above which a case says nothing about peers
 HEAD = ["op", "case", "dtype", "ms", "rate", "of limit", "self-pair", "peer's time / ours"]
 
@@ -189,12 +190,11 @@ def headlines(records: list[dict[str, Any]], dtype: str) -> list[dict[str, Any]]
 
 def readme_block(results: Path) -> str:
     """The generated part of README.md."""
-    parts: list[str] = []
-    machines = _machines(results)
+    parts, machines = [ORIGIN], _machines(results)
     for m in machines:
         parts += [m.heading, markdown(headlines(m.records, "bfloat16" if m.gpu else "float32")), *m.tables]
     if not any(m.gpu for m in machines):
-        parts.append("No GPU result yet: nothing here has run on a GPU.")
+        parts.append("No GPU result yet.")
     return "\n\n".join(parts)
 
 
@@ -206,6 +206,7 @@ def page(results: Path) -> str:
         "of three interleaved runs; the self-pair is the op against itself, the noise. Where isa is not avx512 the CPU has no\n"
         "bf16 product: torch converts or loops, so ratios in bf16 say little there.",
     ]
+    parts.append(ORIGIN)
     for m in _machines(results):
         parts += [m.heading, markdown(m.records), *m.tables]
     return "\n\n".join(parts) + "\n"

@@ -158,6 +158,6 @@ def test_results_of_a_gpu_are_shown_with_what_make_gpu_said(tmp_path):
     (folder / "gpu-test.json").write_text(json.dumps(head | {"part": "test", "exit": 1}))
     block = report.readme_block(tmp_path)
     assert "**h200** (torch 9; 2030-01-01, commit abc)" in block and "`make gpu`: test FAILED (abc)" in block
-    assert "fwd 2" in block and "fwd 1" not in block and "nothing here has run on a GPU" not in block
+    assert "fwd 2" in block and "fwd 1" not in block and "No GPU result yet" not in block
     (folder / "kernels-op.json").unlink()
-    assert "nothing here has run on a GPU" in report.readme_block(tmp_path)
+    assert "No GPU result yet" in report.readme_block(tmp_path)
