@@ -38,6 +38,20 @@ def check_shape(op: str, name: str, tensor: torch.Tensor, want: tuple[int, ...],
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, {why} needs {tuple(want)}")
 
 
+CASTS = {
+    torch.bool: "bool", torch.int32: "int", torch.int64: "long", torch.float32: "float", torch.float64: "double",
+}  # fmt: skip
+
+
+def check_dtype(op: str, name: str, x: torch.Tensor, dtype: torch.dtype, device: torch.device, like: str) -> None:
+    """`like` names the argument the wanted device comes from."""
+    check_tensor(op, name, x)
+    if x.dtype != dtype:
+        raise ValueError(f"{op}: {name} has dtype {x.dtype}, wants {dtype} ({name}.{CASTS[dtype]}())")
+    if x.device != device:
+        raise ValueError(f"{op}: {name} has device {x.device}, wants {device} like {like}")
+
+
 def check_isa(op: str, isa: str) -> None:
     if isa not in ISAS:
         raise ValueError(f"{op}: isa has {isa!r}, wants one of {', '.join(ISAS)}")

@@ -317,7 +317,7 @@ def check_weight(op: str, hidden: torch.Tensor, weight: torch.Tensor | NF4Tensor
         check_floating(op, hidden=hidden, weight=weight)
         return
     check_floating(op, hidden=hidden)
-    check_nf4(op, weight)
+    check_nf4(op, weight, "weight")
     if weight.device != hidden.device:
         raise ValueError(f"{op}: weight has device {weight.device}, wants {hidden.device} like hidden")
 

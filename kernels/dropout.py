@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from swiftk.kernels._checks import check_floating, check_isa, check_shape
+from swiftk.kernels._checks import check_dtype, check_floating, check_isa, check_shape
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import jit, launch, next_power_of_2, on_gpu, ship, tl, tl_acc
 
@@ -219,9 +219,7 @@ def check_dropout(op: str, dropout: Dropout, x: torch.Tensor) -> None:
     if x.shape[-1] > MAX_COLUMNS:
         raise ValueError(f"{op}: x has {x.shape[-1]} columns, dropout wants at most {MAX_COLUMNS}")
     for name, tensor, size in (("seed_step", dropout.seed_step, 2), ("token_index", dropout.token_index, x.shape[:-1].numel())):
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype != torch.int64 or tensor.device != x.device:
-            have = f"{tensor.dtype} on {tensor.device}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise ValueError(f"{op}: dropout.{name} has {have}, wants torch.int64 on {x.device}")
+        check_dtype(op, f"dropout.{name}", tensor, torch.int64, x.device, "x")
         check_shape(op, f"dropout.{name}", tensor, (size,), f"x {tuple(x.shape)}")
 
 

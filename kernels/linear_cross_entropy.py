@@ -356,7 +356,7 @@ def linear_cross_entropy(
     if token_weights is not None:
         check_shape(op, "token_weights", token_weights, (hidden.shape[0],), f"hidden {tuple(hidden.shape)}")
         if not token_weights.is_floating_point() or token_weights.device != hidden.device:
-            got = f"{token_weights.dtype} on {token_weights.device}"
+            got = f"dtype {token_weights.dtype} on {token_weights.device}"
             raise ValueError(f"{op}: token_weights has {got}, wants a floating dtype on {hidden.device} like hidden")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"{op}: label_smoothing has {label_smoothing}, wants 0 to 1")

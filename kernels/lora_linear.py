@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 import torch
 
-from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
+from swiftk.kernels._checks import check_floating, check_isa, check_shape, check_tensor, refuse_double_backward
 from swiftk.kernels._low_rank import (
     ALIGN,
     Mask,
@@ -408,7 +408,7 @@ def check_lora(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
     nf4 = isinstance(weight, NF4Tensor)
     check_floating(op, x=x, **({} if nf4 else {"weight": weight}), **({} if bias is None else {"bias": bias}))
     if nf4:
-        check_nf4(op, weight)
+        check_nf4(op, weight, "weight")
         if weight.device != x.device:
             raise ValueError(f"{op}: weight has device {weight.device}, wants {x.device} like x")
     if len(weight.shape) != 2:
@@ -431,8 +431,9 @@ def check_lora(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
         if t is None and name == "magnitude":
             continue
         if not isinstance(t, torch.Tensor) or t.dtype not in (x.dtype, acc) or t.device != x.device:
-            have = f"{t.dtype} on {t.device}" if isinstance(t, torch.Tensor) else type(t).__name__
-            raise ValueError(f"{op}: adapter.{name} has {have}, wants a tensor of {x.dtype} or {acc} on {x.device}")
+            have = f"dtype {t.dtype} on {t.device}" if isinstance(t, torch.Tensor) else f"type {type(t).__name__}"
+            wants = " or ".join(map(str, dict.fromkeys((x.dtype, acc))))
+            raise ValueError(f"{op}: adapter.{name} has {have}, wants a tensor of {wants} on {x.device}")
     if a.dim() not in (2, 3):
         raise ValueError(f"{op}: adapter.a has shape {tuple(a.shape)}, wants (r, K) or (adapters, r, K)")
     check_shape(op, "adapter.a", a, (*a.shape[:-1], K), f"weight {tuple(weight.shape)}")
@@ -444,8 +445,9 @@ def check_lora(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
         want = "(adapters, r, K) with segment_ids" if a.dim() == 2 else "segment_ids (T,), the adapter of each row"
         raise ValueError(f"{op}: adapter.a has shape {tuple(a.shape)}, wants {want}")
     if segment_ids is not None:
+        check_tensor(op, "segment_ids", segment_ids)
         if segment_ids.dtype not in (torch.int32, torch.int64) or segment_ids.device != x.device:
-            have = f"{segment_ids.dtype} on {segment_ids.device}"
+            have = f"dtype {segment_ids.dtype} on {segment_ids.device}"
             raise ValueError(f"{op}: segment_ids has {have}, wants torch.int32 or torch.int64 on {x.device}")
         check_shape(op, "segment_ids", segment_ids, (math.prod(x.shape[:-1]),), f"x {tuple(x.shape)}")
     if magnitude is not None:
@@ -453,7 +455,7 @@ def check_lora(op, x, weight, adapter, bias, dropout, segment_ids) -> None:
             raise ValueError(f"{op}: adapter.magnitude with several adapters is not supported; call once per adapter")
         check_shape(op, "adapter.magnitude", magnitude, (N,), f"weight {tuple(weight.shape)}")
         if norm_sq is None or norm_sq.dtype != acc or norm_sq.device != x.device:
-            have = "None" if norm_sq is None else f"{norm_sq.dtype} on {norm_sq.device}"
+            have = "None" if norm_sq is None else f"dtype {norm_sq.dtype} on {norm_sq.device}"
             call = "row_norm_sq(weight, torch.float64)" if nf4 and acc == torch.float64 else "row_norm_sq(weight)"
             raise ValueError(f"{op}: adapter.weight_norm_sq has {have}, wants {acc} on {x.device}: {call}, once per base")
         check_shape(op, "adapter.weight_norm_sq", norm_sq, (N,), f"weight {tuple(weight.shape)}")

@@ -292,10 +292,10 @@ def _nf4_dequantize_fake(codes, absmax, in_features, blocksize, dtype, isa):
 # --- bitsandbytes ------------------------------------------------------------------------------------------------
 
 
-def _refuse_split_rows(op: str, shape: tuple[int, ...], blocksize: int) -> None:
+def _refuse_split_rows(op: str, name: str, shape: tuple[int, ...], blocksize: int) -> None:
     if shape[-1] % blocksize:
         raise ValueError(
-            f"{op}: weight has shape {shape}, wants K = {shape[-1]} to be a multiple of the blocksize {blocksize}: the "
+            f"{op}: {name} has shape {shape}, wants K = {shape[-1]} to be a multiple of the blocksize {blocksize}: the "
             "blocks of bitsandbytes run across rows; dequantise it there and quantise the result"
         )
 
@@ -308,7 +308,7 @@ def nf4_to_bitsandbytes(w: NF4Tensor, dtype: torch.dtype, name: str = "weight") 
     Raises: ValueError where K is not a multiple of the blocksize.
     """
     check_nf4("nf4_to_bitsandbytes", w)
-    _refuse_split_rows("nf4_to_bitsandbytes", tuple(w.shape), w.blocksize)
+    _refuse_split_rows("nf4_to_bitsandbytes", "w", tuple(w.shape), w.blocksize)
     meta: dict[str, Any] = {
         "quant_type": "nf4", "blocksize": w.blocksize, "dtype": str(dtype).removeprefix("torch."), "shape": list(w.shape),
     }  # fmt: skip
@@ -341,7 +341,7 @@ def nf4_from_bitsandbytes(state: dict[str, torch.Tensor], name: str = "weight") 
     if meta["quant_type"] != "nf4" or entry("quant_map").float().cpu().tolist() != list(VALUES):
         raise ValueError(f"{op}: {name} has quant_type {meta['quant_type']!r} or another table of values, wants 'nf4'")
     shape, blocksize = tuple(meta["shape"]), meta["blocksize"]
-    _refuse_split_rows(op, shape, blocksize)
+    _refuse_split_rows(op, name, shape, blocksize)
     codes = entry("").detach().contiguous().view(torch.uint8).view(*shape[:-1], shape[-1] // 2)  # any storage dtype
     absmax = entry("absmax").view(*shape[:-1], shape[-1] // blocksize)
     nested = None
@@ -362,10 +362,10 @@ def nf4_from_bitsandbytes(state: dict[str, torch.Tensor], name: str = "weight") 
 # --- public ------------------------------------------------------------------------------------------------------
 
 
-def check_nf4(op: str, w: NF4Tensor) -> None:
-    """ValueError unless the parts of w belong together; does not look at values."""
+def check_nf4(op: str, w: NF4Tensor, name: str = "w") -> None:
+    """ValueError unless the parts of w, an argument of that name, belong together; does not look at values."""
     if not isinstance(w, NF4Tensor):
-        raise ValueError(f"{op}: weight has type {type(w).__name__}, wants an NF4Tensor; make one with nf4_quantize")
+        raise ValueError(f"{op}: {name} has type {type(w).__name__}, wants an NF4Tensor; make one with nf4_quantize")
     if w.blocksize not in BLOCKSIZES:
         raise ValueError(f"{op}: blocksize has {w.blocksize!r}, wants one of {', '.join(map(str, BLOCKSIZES))}")
     if w.codes.dim() not in (2, 3) or w.codes.dtype != torch.uint8:
@@ -384,8 +384,8 @@ def check_nf4(op: str, w: NF4Tensor) -> None:
         for name, t in w.nested._asdict().items():
             if t.dtype != torch.float32 or t.device != w.codes.device:
                 raise ValueError(
-                    f"{op}: nested.{name} has {t.dtype} on {t.device}, wants torch.float32 on {w.codes.device}: the parts of "
-                    "an NF4Tensor are not cast with a model"
+                    f"{op}: nested.{name} has dtype {t.dtype} on {t.device}, wants torch.float32 on {w.codes.device}: the "
+                    "parts of an NF4Tensor are not cast with a model"
                 )
         count = -(-w.absmax.numel() // NESTED_BLOCKSIZE)
         for name, want in (("code_map", (256,)), ("absmax", (count,)), ("offset", ())):

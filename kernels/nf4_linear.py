@@ -278,17 +278,17 @@ def nf4_linear(
     check_nf4("nf4_linear", w)
     if w.codes.dim() != 2:
         raise ValueError(
-            f"nf4_linear: weight has shape {tuple(w.shape)}, wants (N, K); of a stack take one matrix e at a time: "
+            f"nf4_linear: w has shape {tuple(w.shape)}, wants (N, K); of a stack take one matrix e at a time: "
             "w._replace(codes=w.codes[e], absmax=w.absmax[e])"
         )
     if w.device != x.device:
-        raise ValueError(f"nf4_linear: weight has device {w.device}, wants {x.device} like x")
+        raise ValueError(f"nf4_linear: w has device {w.device}, wants {x.device} like x")
     if x.dim() == 0:
         raise ValueError("nf4_linear: x has shape (), wants (..., K)")
     if w.in_features != x.shape[-1]:
-        raise ValueError(f"nf4_linear: weight has shape {tuple(w.shape)}, x {tuple(x.shape)} needs (N, {x.shape[-1]})")
+        raise ValueError(f"nf4_linear: w has shape {tuple(w.shape)}, x {tuple(x.shape)} needs (N, {x.shape[-1]})")
     if bias is not None:
-        check_shape("nf4_linear", "bias", bias, (w.codes.shape[0],), f"weight {tuple(w.shape)}")
+        check_shape("nf4_linear", "bias", bias, (w.codes.shape[0],), f"w {tuple(w.shape)}")
     check_numerics("nf4_linear", numerics)
     check_isa("nf4_linear", isa)
     absmax = w.absmax if w.nested is None else w.absmax_fp32()

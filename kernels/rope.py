@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from swiftk.kernels._checks import check_floating, check_isa, check_shape
+from swiftk.kernels._checks import check_floating, check_isa, check_shape, check_tensor
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import jit, launch, next_power_of_2, on_gpu, ship, tl
 
@@ -314,8 +314,9 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch
             f"2 <= rotary_dim <= head_dim {x.shape[2]}"
         )
     check_shape("rope", "sin", sin, tuple(cos.shape), f"cos {tuple(cos.shape)}")
+    check_tensor("rope", "positions", positions)
     if positions.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"rope: positions has dtype {positions.dtype}, wants torch.int64 or torch.int32")
+        raise ValueError(f"rope: positions has dtype {positions.dtype}, wants torch.int64 or torch.int32 (positions.long())")
     check_shape("rope", "positions", positions, (x.shape[0],), f"x {tuple(x.shape)}")
     for name, tensor in (("cos", cos), ("positions", positions)):
         if tensor.device != x.device:

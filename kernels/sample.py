@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from swiftk.kernels._checks import check_isa, check_shape
+from swiftk.kernels._checks import check_dtype, check_isa, check_shape, check_tensor
 from swiftk.kernels._native import native, threads
 from swiftk.kernels._sample_triton import adjust_logits_triton, sample_triton
 from swiftk.kernels._triton import on_gpu
@@ -292,10 +292,12 @@ def adjust_logits_(
     for name, t in (("repetition", repetition), ("presence", presence), ("frequency", frequency)):
         _check_column("adjust_logits_", name, t, torch.float32, rows, why, logits.device)
     _check_column("adjust_logits_", "offsets", offsets, torch.int64, rows + 1, why, logits.device)
+    check_tensor("adjust_logits_", "ids", ids)
     if ids.dim() != 1:
         raise ValueError(f"adjust_logits_: ids has shape {tuple(ids.shape)}, wants (n,)")
     if not logits.is_cuda and (offsets[0] != 0 or offsets[-1] != len(ids) or (offsets.diff() < 0).any()):
-        raise ValueError(f"adjust_logits_: offsets wants to rise from 0 to {len(ids)}, the number of ids")
+        have = f"{offsets.tolist()}" if rows < 8 else f"{offsets[0]} ... {offsets[-1]}"
+        raise ValueError(f"adjust_logits_: offsets has {have}, wants to rise from 0 to {len(ids)}, the number of ids")
     for name, t, dtype in (
         ("ids", ids, torch.int64), ("counts", counts, torch.int32), ("in_prompt", in_prompt, torch.bool),
         ("bias", bias, torch.float32),
@@ -330,11 +332,7 @@ def _check_logits(op: str, logits: torch.Tensor, isa: str) -> None:
 def _check_column(
     op: str, name: str, t: torch.Tensor, dtype: torch.dtype, size: int, why: str, device: torch.device
 ) -> None:  # fmt: skip
-    if not isinstance(t, torch.Tensor) or t.dtype != dtype:
-        got = f"dtype {t.dtype}" if isinstance(t, torch.Tensor) else f"type {type(t).__name__}"
-        raise ValueError(f"{op}: {name} has {got}, wants {dtype}")
-    if t.device != device:
-        raise ValueError(f"{op}: {name} has device {t.device}, wants {device} like logits")
+    check_dtype(op, name, t, dtype, device, "logits")
     check_shape(op, name, t, (size,), why)
 
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import torch
 
-from swiftk.kernels._checks import check_isa, check_shape, refuse_double_backward
+from swiftk.kernels._checks import check_dtype, check_isa, check_shape, refuse_double_backward
 from swiftk.kernels._head import (
     HEAD_SCHEMA,
     STEP,
@@ -365,10 +365,7 @@ def check_head(
         want = f"(V, {hidden.shape[1]}) with V >= 1"
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}, hidden {tuple(hidden.shape)} needs {want}")
     check_shape(op, "labels", labels, (hidden.shape[0],), f"hidden {tuple(hidden.shape)}")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"{op}: labels has dtype {labels.dtype}, wants torch.int64")
-    if labels.device != hidden.device:
-        raise ValueError(f"{op}: labels has device {labels.device}, wants {hidden.device} like hidden")
+    check_dtype(op, "labels", labels, torch.int64, hidden.device, "hidden")
     if not 0 <= softcap < float("inf"):
         raise ValueError(f"{op}: softcap has {softcap}, wants a finite number >= 0 (0 for none)")
     check_isa(op, isa)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from swiftk.kernels._checks import check_floating, check_isa, check_shape, refuse_double_backward
+from swiftk.kernels._checks import check_dtype, check_floating, check_isa, check_shape, refuse_double_backward
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import jit, launch, next_power_of_2, on_gpu, register_cuda, ship, tl, tl_acc
 
@@ -223,7 +223,5 @@ def merge_attention(
     check_shape(op, "out_b", out_b, tuple(out_a.shape), f"out_a {tuple(out_a.shape)}")
     for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
         check_shape(op, name, lse, (out_a.shape[1], out_a.shape[0]), f"out_a {tuple(out_a.shape)}")
-        if lse.dtype != acc_dtype(out_a.dtype) or lse.device != out_a.device:
-            wants = f"{acc_dtype(out_a.dtype)} on {out_a.device}"
-            raise ValueError(f"{op}: {name} has {lse.dtype} on {lse.device}, wants {wants}")
+        check_dtype(op, name, lse, acc_dtype(out_a.dtype), out_a.device, "out_a")
     return torch.ops.swiftk.merge_attention_fwd(out_a, lse_a, out_b, lse_b, isa)

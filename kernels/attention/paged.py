@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from swiftk.kernels._checks import check_floating, check_shape, check_tensor
+from swiftk.kernels._checks import check_dtype, check_floating, check_shape
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import on_gpu
 from swiftk.kernels.attention._paged_triton import paged_triton, store_kv_triton
@@ -232,10 +232,7 @@ def store_kv_(
         raise ValueError(f"{op}: k has shape {tuple(k.shape)}, wants (tokens, kv_heads, head_dim)")
     check_shape(op, "v", v, tuple(k.shape), f"k {tuple(k.shape)}")
     _check_cache(op, k_cache, v_cache, k.shape[1], k.shape[2], f"k {tuple(k.shape)}")
-    check_tensor(op, "slot_mapping", slot_mapping)
-    if slot_mapping.dtype != torch.int64 or slot_mapping.device != k.device:
-        have = f"{slot_mapping.dtype} on {slot_mapping.device}"
-        raise ValueError(f"{op}: slot_mapping has {have}, wants torch.int64 on {k.device}")
+    check_dtype(op, "slot_mapping", slot_mapping, torch.int64, k.device, "k")
     check_shape(op, "slot_mapping", slot_mapping, (k.shape[0],), f"k {tuple(k.shape)}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, k_cache, v_cache)):
         raise ValueError(f"{op}: k, v, k_cache or v_cache has requires_grad, wants torch.no_grad()")

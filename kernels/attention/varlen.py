@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 import torch
 
-from swiftk.kernels._checks import check_floating, check_isa, check_shape, check_tensor, refuse_double_backward
+from swiftk.kernels._checks import check_dtype, check_floating, check_isa, check_shape, refuse_double_backward
 from swiftk.kernels._native import DTYPE_CODES, acc_dtype, native, threads
 from swiftk.kernels._triton import on_gpu, register_cuda
 from swiftk.kernels.attention._foreign import BACKENDS, foreign_attention
@@ -253,17 +253,13 @@ def _check(op: str, q, k, v, window_size, softcap: float, sinks, isa: str) -> No
     if sinks is not None:
         check_shape(op, "sinks", sinks, (q.shape[1],), f"q {tuple(q.shape)}")
         if sinks.dtype not in (q.dtype, acc_dtype(q.dtype)) or sinks.device != q.device:
-            wants = f"{q.dtype} or {acc_dtype(q.dtype)} on {q.device}"
-            raise ValueError(f"{op}: sinks has {sinks.dtype} on {sinks.device}, wants {wants}")
+            wants = " or ".join(map(str, dict.fromkeys((q.dtype, acc_dtype(q.dtype)))))
+            raise ValueError(f"{op}: sinks has dtype {sinks.dtype} on {sinks.device}, wants {wants} on {q.device}")
 
 
 def _check_int32(op: str, name: str, tensor: torch.Tensor, q: torch.Tensor, shape: str, fits: Callable[..., bool]) -> None:
     """fits: whether a shape is `shape`."""
-    check_tensor(op, name, tensor)
-    if tensor.dtype != torch.int32:
-        raise ValueError(f"{op}: {name} has dtype {tensor.dtype}, wants torch.int32 ({name}.int())")
-    if tensor.device != q.device:
-        raise ValueError(f"{op}: {name} has device {tensor.device}, wants {q.device} like q")
+    check_dtype(op, name, tensor, torch.int32, q.device, "q")
     if not fits(tuple(tensor.shape)):
         raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}, wants {shape}")
 
@@ -292,7 +288,7 @@ def _check_state(op: str, q: torch.Tensor, **tensors: tuple[torch.Tensor, tuple[
     for name, (x, shape) in tensors.items():
         check_shape(op, name, x, shape, f"q {tuple(q.shape)}")
         if x.dtype != acc or x.device != q.device or not x.is_contiguous():
-            have = f"{x.dtype} on {x.device}, strides {x.stride()}"
+            have = f"dtype {x.dtype} on {x.device}, strides {x.stride()}"
             raise ValueError(f"{op}: {name} has {have}, wants {acc} on {q.device}, contiguous")
 
 

@@ -152,7 +152,7 @@ def test_opcheck_and_compile_without_recompilation():
         ({"p": -0.1}, r"p has -0.1"),
         ({"layer": 65536}, r"layer has 65536, wants 0 <= layer < 65536"),
         ({"seed_step": torch.zeros(3, dtype=torch.int64)}, r"seed_step has shape \(3,\), x \(2, 4\) needs \(2,\)"),
-        ({"token_index": torch.zeros(2, dtype=torch.int32)}, r"token_index has torch.int32 on cpu, wants torch.int64"),
+        ({"token_index": torch.zeros(2, dtype=torch.int32)}, "token_index has dtype torch.int32, wants torch.int64 .dropout"),
         ({"token_index": torch.zeros(3, dtype=torch.int64)}, r"token_index has shape \(3,\), x \(2, 4\) needs \(2,\)"),
     ],
 )

@@ -411,25 +411,26 @@ def bad_calls():
     yield (x, w, good, torch.ones(2)), {}, r"bias has shape \(2,\), weight \(3, 4\) needs \(3,\)"
     yield (x, w, Adapter(torch.randn(2, 5), b, 1.0)), {}, r"adapter.a has shape \(2, 5\), weight \(3, 4\) needs \(2, 4\)"
     yield (x, w, Adapter(a, torch.randn(3, 5), 1.0)), {}, r"adapter.b has shape \(3, 5\), adapter.a \(2, 4\) needs \(3, 2\)"
-    yield (x, w, Adapter(a.double(), b, 1.0)), {}, "adapter.a has torch.float64 on cpu, wants a tensor of torch.float32"
+    yield (x, w, Adapter(a.double(), b, 1.0)), {}, "adapter.a has dtype torch.float64 on cpu, wants a tensor of torch.float32"
     yield (x, w, good._replace(magnitude=torch.ones(3))), {}, "adapter.weight_norm_sq has None, wants torch.float32 on cpu"
     elsewhere = good._replace(magnitude=torch.ones(3), weight_norm_sq=torch.ones(3, device="meta"))
-    yield (x, w, elsewhere), {}, "adapter.weight_norm_sq has torch.float32 on meta, wants torch.float32 on cpu: row_n"
+    yield (x, w, elsewhere), {}, "adapter.weight_norm_sq has dtype torch.float32 on meta, wants torch.float32 on cpu: row_n"
     yield (x, w, good._replace(magnitude=torch.ones(2))), {}, r"adapter.magnitude has shape \(2,\), weight \(3, 4\) needs"
     ids = torch.zeros(2, dtype=torch.int32)
     yield (x, w, good), {"segment_ids": ids}, r"adapter.a has shape \(2, 4\), wants \(adapters, r, K\) with segment_ids"
     stack = Adapter(a[None], b[None], (1.0, 2.0))
+    yield (x, w, stack._replace(scale=1.0)), {"segment_ids": [0, 0]}, "segment_ids has type list, wants a torch.Tensor"
     yield (x, w, stack._replace(scale=1.0)), {}, r"adapter.a has shape \(1, 2, 4\), wants segment_ids \(T,\)"
     yield (x, w, stack), {"segment_ids": ids}, "adapter.scale has 2 entries, wants 1 like adapter.a"
     infinite = Adapter(a[None], torch.full((1, 3, 2), torch.inf), 1.0)
     yield (x, w, infinite), {"segment_ids": ids - 1}, "adapter 0 of 1 has values in b that are not finite in torch.float32"
     large = Adapter(a[None], torch.full((1, 3, 2), 3.4e38), 1.0)
     yield (x.bfloat16(), w.bfloat16(), large), {"segment_ids": ids - 1}, "adapter 0 of 1 has .* not finite in torch.bfloat16"
-    yield (x, w, Adapter(a.tolist(), b, 1.0)), {}, "adapter.a has list, wants a tensor of torch.float32"
+    yield (x, w, Adapter(a.tolist(), b, 1.0)), {}, "adapter.a has type list, wants a tensor of torch.float32"
     yield (x, w, (a, b)), {}, r"adapter has type tuple, wants an Adapter\(a, b, scale\)"
     yield (x, w, good), {"dropout": 0.1}, "dropout has type float, wants a Dropout"
     listed = make_dropout(2)._replace(seed_step=[1, 2])
-    yield (x, w, good), {"dropout": listed}, "dropout.seed_step has list, wants torch.int64 on cpu"
+    yield (x, w, good), {"dropout": listed}, "dropout.seed_step has type list, wants a torch.Tensor"
     yield (x, w, good), {"isa": "sse9"}, "isa has 'sse9', wants one of"
     yield (x, w, good), {"dropout": make_dropout(3)}, r"dropout.token_index has shape \(3,\), x \(2, 4\) needs \(2,\)"
 

@@ -102,7 +102,7 @@ def test_opcheck_and_compile():
         (0, torch.randn(4, 8), r"out_a has shape \(4, 8\), wants \(total_q, heads, head_dim\)"),
         (2, torch.randn(5, 2, 8), r"out_b has shape \(5, 2, 8\), out_a \(4, 2, 8\) needs"),
         (1, torch.randn(4, 2), r"lse_a has shape \(4, 2\), out_a \(4, 2, 8\) needs \(2, 4\)"),
-        (3, torch.randn(2, 4).double(), "lse_b has torch.float64 on cpu, wants torch.float32 on cpu"),
+        (3, torch.randn(2, 4).double(), r"lse_b has dtype torch.float64, wants torch.float32 \(lse_b.float\(\)\)"),
         (2, torch.randn(4, 2, 8).double(), "out_b has dtype torch.float64, wants torch.float32 like out_a"),
     ],
 )

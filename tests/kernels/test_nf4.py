@@ -475,7 +475,7 @@ def test_a_stack_and_other_storage_convert(bnb):
 
 
 def test_conversion_errors(bnb):
-    with pytest.raises(ValueError, match=r"nf4_to_bitsandbytes: weight has shape \(1152, 4304\), wants K = 4304 to be a mult"):
+    with pytest.raises(ValueError, match=r"nf4_to_bitsandbytes: w has shape \(1152, 4304\), wants K = 4304 to be a mult"):
         nf4_to_bitsandbytes(nf4_quantize(torch.randn(1152, 4304)), torch.float32)
     with pytest.raises(ValueError, match=r"nf4_from_bitsandbytes: weight has shape \(4, 96\), wants K = 96 to be a multiple"):
         nf4_from_bitsandbytes(saved(bnb, torch.randn(4, 96), False))
@@ -554,11 +554,11 @@ def test_more_errors_of_dequantize():
     w = nf4_quantize(torch.randn(2, 128), nested=True)
     with pytest.raises(ValueError, match=r"nf4_dequantize: dtype has torch.float64, wants torch.bfloat16 or torch.float32"):
         nf4_dequantize(w, torch.float64)
-    with pytest.raises(ValueError, match="nf4_dequantize: weight has type Tensor, wants an NF4Tensor; make one with"):
+    with pytest.raises(ValueError, match="nf4_dequantize: w has type Tensor, wants an NF4Tensor; make one with"):
         nf4_dequantize(torch.randn(2, 128))
     with pytest.raises(ValueError, match=r"absmax has dtype torch.float32, wants torch.uint8"):
         nf4_dequantize(w._replace(absmax=w.absmax.float()))
-    with pytest.raises(ValueError, match=r"nested.code_map has torch.float64 on cpu, wants torch.float32 on cpu"):
+    with pytest.raises(ValueError, match=r"nested.code_map has dtype torch.float64 on cpu, wants torch.float32 on cpu"):
         nf4_dequantize(w._replace(nested=Nested(*(t.double() for t in w.nested))))
     with pytest.raises(ValueError, match=r"nested.absmax has shape \(2,\), absmax \(2, 2\) needs \(1,\)"):
         nf4_dequantize(w._replace(nested=w.nested._replace(absmax=torch.zeros(2))))

@@ -384,13 +384,13 @@ W = NF4Tensor(torch.zeros(3, 32, dtype=torch.uint8), torch.ones(3, 1), 64)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((torch.randn(2, 60), W), r"nf4_linear: weight has shape \(3, 64\), x \(2, 60\) needs \(N, 60\)"),
+        ((torch.randn(2, 60), W), r"nf4_linear: w has shape \(3, 64\), x \(2, 60\) needs \(N, 60\)"),
         ((torch.tensor(1.0), W), r"nf4_linear: x has shape \(\), wants \(..., K\)"),
-        ((torch.randn(2, 64), W, torch.ones(4)), r"nf4_linear: bias has shape \(4,\), weight \(3, 64\) needs \(3,\)"),
+        ((torch.randn(2, 64), W, torch.ones(4)), r"nf4_linear: bias has shape \(4,\), w \(3, 64\) needs \(3,\)"),
         ((torch.randn(2, 64), W, torch.ones(3).bfloat16()), "nf4_linear: bias has dtype torch.bfloat16, wants"),
         ((torch.randn(2, 64).half(), W), "nf4_linear: x has dtype torch.float16, wants torch.bfloat16"),
-        ((torch.randn(2, 64, device="meta"), W), "nf4_linear: weight has device cpu, wants meta like x"),
-        ((torch.randn(2, 64), torch.randn(3, 64)), "weight has type Tensor, wants an NF4Tensor; make one with nf4_quantize"),
+        ((torch.randn(2, 64, device="meta"), W), "nf4_linear: w has device cpu, wants meta like x"),
+        ((torch.randn(2, 64), torch.randn(3, 64)), "w has type Tensor, wants an NF4Tensor; make one with nf4_quantize"),
         ((torch.randn(2, 64), W._replace(codes=W.codes[None], absmax=W.absmax[None])),
          r"has shape \(1, 3, 64\), wants \(N, K\)"),
         ((torch.randn(2, 64), W._replace(absmax=torch.ones(3, 2))), r"nf4_linear: absmax has shape \(3, 2\)"),

@@ -301,7 +301,7 @@ def test_errors(change, message):
     [
         (dict(slot_mapping=torch.tensor([0, 96, 3])), r"slot_mapping has 96 at token 1, wants -1 \(skip\) or 0 .. 95, block"),
         (dict(slot_mapping=torch.tensor([0, 5, -2])), "slot_mapping has -2 at token 2, wants -1"),
-        (dict(slot_mapping=int32(0, 1, 2)), "slot_mapping has torch.int32 on cpu, wants torch.int64 on cpu"),
+        (dict(slot_mapping=int32(0, 1, 2)), r"slot_mapping has dtype torch.int32, wants torch.int64 \(slot_mapping.long\(\)\)"),
         (dict(slot_mapping=[0, 1, 2]), "slot_mapping has type list, wants a torch.Tensor"),
         (dict(slot_mapping=torch.tensor([0])), r"slot_mapping has shape \(1,\), k \(3, 2, 8\) needs \(3,\)"),
         (dict(k=Q), r"v has shape \(3, 2, 8\), k \(3, 4, 8\) needs \(3, 4, 8\)"),

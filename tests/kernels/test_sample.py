@@ -379,7 +379,7 @@ def test_repetition_penalty_is_that_of_transformers():
         ({1: torch.tensor([1.0, -0.5])}, "sample: temperature has -0.5 in row 1, wants a finite number >= 0"),
         ({1: torch.tensor([math.nan, 1.0])}, "sample: temperature has nan in row 0, wants"),
         ({1: torch.tensor([math.inf, 1.0])}, "sample: temperature has inf in row 0, wants"),
-        ({2: torch.tensor([3, 3])}, "sample: top_k has dtype torch.int64, wants torch.int32"),
+        ({2: torch.tensor([3, 3])}, "sample: top_k has dtype torch.int64, wants torch.int32 .top_k.int"),
         ({2: torch.tensor([3, -1], dtype=torch.int32)}, "sample: top_k has -1 in row 1, wants at least 0"),
         ({3: torch.tensor([0.0, 1.0])}, "sample: top_p has 0 in row 0, wants 0 < top_p <= 1"),
         ({4: torch.tensor([0.0, 1.5])}, "sample: min_p has 1.5 in row 1, wants 0 to 1"),
@@ -423,7 +423,7 @@ def test_errors_of_the_others():
     adjust_logits_(z.clone(), *good)
     for at, value, message in (
         (0, torch.tensor([0, 2, 2]), "adjust_logits_: ids has an id twice in a row"),
-        (0, torch.tensor([0, 1, 3]), "adjust_logits_: offsets wants to rise from 0 to 2, the number of ids"),
+        (0, torch.tensor([0, 1, 3]), r"adjust_logits_: offsets has \[0, 1, 3\], wants to rise from 0 to 2, the number of ids"),
         (1, torch.tensor([3, 9]), "adjust_logits_: ids has 9 at position 1"),
         (5, torch.tensor([1.0, 0.0]), "adjust_logits_: repetition has 0, wants more than 0"),
         (2, torch.ones(2), "adjust_logits_: counts has dtype torch.float32, wants torch.int32"),

@@ -401,7 +401,7 @@ Q, K = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
         (dict(q=Q.to_sparse()), r"q has layout torch.sparse_coo, wants torch.strided \(q.to_dense\(\)\)"),
         (dict(softcap=-1.0), "softcap has -1.0, wants a finite number >= 0"),
         (dict(sinks=torch.zeros(2)), r"sinks has shape \(2,\), q \(6, 4, 8\) needs \(4,\)"),
-        (dict(sinks=torch.zeros(4).double()), "sinks has torch.float64 on cpu, wants torch.float32"),
+        (dict(sinks=torch.zeros(4).double()), "sinks has dtype torch.float64 on cpu, wants torch.float32 on cpu"),
         (dict(backend="xformers"), "backend has 'xformers', wants one of swiftk, flash_attn, cudnn"),
         (dict(isa="sse9"), "isa has 'sse9', wants one of"),
     ],
@@ -489,7 +489,7 @@ def test_other_backends(monkeypatch):
         ([[3, 2, 0, 6, 0, 0], [0, 4, 0, 6, 0, 0]], {}, "segments has queries in common at rows 1 and 0, wants them disjoint"),
         ([[0, 6, 0, 6, 0]], {}, r"segments has shape \(1, 5\), wants \(S, 6\)"),
         ([[0, 6, 0, 6, 0, 0]], dict(out=torch.zeros(6, 4, 8)), "lse has None, wants both"),
-        ([[0, 6, 0, 6, 0, 0]], dict(out=torch.zeros(6, 4, 8).bfloat16(), lse=torch.zeros(4, 6)), "out has torch.bfloat16"),
+        ([[0, 6, 0, 6, 0, 0]], dict(out=torch.zeros(6, 4, 8).bfloat16(), lse=torch.zeros(4, 6)), "out has dtype torch.bf"),
         ([[0, 6, 0, 6, 0, 0]], dict(q=Q.clone().requires_grad_()), "has requires_grad, wants torch.no_grad()"),
     ],
 )
