@@ -145,8 +145,11 @@ def main_kernels(argv: list[str]) -> int:
     if args.compare:
         print(report.compare(*args.compare))
         return 0
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        parser.error('--plot wants matplotlib: pip install -e ".[bench]"')
+    if args.plot:  # said before minutes of timing
+        if not importlib.util.find_spec("matplotlib"):
+            parser.error('--plot wants matplotlib: pip install -e ".[bench]"')
+        if args.plot.suffix not in (".png", ".svg", ".pdf") or not args.plot.parent.is_dir():
+            parser.error(f"--plot has {args.plot}, wants a .png, .svg or .pdf in a folder that is there")
     options = options_of(args, parser)
     torch.manual_seed(0)
     keep_freed_memory()

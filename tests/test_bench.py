@@ -83,7 +83,9 @@ def test_results_are_compared_and_rendered(tmp_path):
         (["decode", "--only", "nope", "--quick"], "invalid choice: 'nope' (choose from 'single-nf4'"),
         (["train", "--tuner", "lora", "--steps", "0"], "--steps has 0, wants at least 1"),
         (["memory", "--nope"], "unrecognized arguments: --nope"),
-        (["kernels", "--plot", "x.png"], '--plot wants matplotlib: pip install -e ".[bench]"'),
+        (["kernels", "--plot", "lacking.png"], '--plot wants matplotlib: pip install -e ".[bench]"'),
+        (["kernels", "--plot", "not/there.png"], "--plot has not/there.png, wants a .png, .svg or .pdf in a folder"),
+        (["kernels", "--plot", "x.jpeg"], "--plot has x.jpeg, wants a .png"),
         (["kernels", "--isa", "avx512"], "--isa has 'avx512', which this CPU does not support"),
         (["decode", "--isa", "avx512"], "--isa has 'avx512', which this CPU does not support"),
     ],
@@ -93,8 +95,8 @@ def test_what_cannot_be_done_is_one_line_before_anything_runs(arguments, message
         if name == "avx512":
             raise ValueError("isa has 'avx512', which this CPU does not support; wants auto")
 
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else find(name, *more))
+    find, lacks = importlib.util.find_spec, "lacking.png" in arguments
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if lacks and name == "matplotlib" else find(name))
     monkeypatch.setattr(harness, "native", lambda: types.SimpleNamespace(resolve_isa=resolve_isa))
     with pytest.raises(SystemExit) as ended:
         bench.main(arguments)
