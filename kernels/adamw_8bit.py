@@ -54,16 +54,16 @@ class Moments(NamedTuple):
 
 
 class Update(NamedTuple):
-    """One tensor's update. step counts from 1."""
+    """One tensor's update; nothing has a default."""
 
-    param: torch.Tensor
-    grad: torch.Tensor
-    moments: Moments
-    step: int
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
+    param: torch.Tensor  # bf16 or fp32, any shape, contiguous
+    grad: torch.Tensor  # like param
+    moments: Moments  # of new_moments(param)
+    step: int  # from 1
+    lr: float  # >= 0
+    betas: tuple[float, float]  # each in [0, 1)
+    eps: float  # >= 0
+    weight_decay: float  # >= 0, times lr (decoupled)
 
 
 # --- reference ---------------------------------------------------------------------------------------------------
@@ -393,8 +393,8 @@ def adamw_8bit_(updates: Sequence[Update], *, isa: str = "auto") -> None:
         updates: any number; tensors of any size (0 too), each with its own step and rates. `param` and `grad`: bf16 or fp32,
             of one shape and dtype, contiguous; `moments` as new_moments makes them. No two share memory; all on one device.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable"; the result is the same.
-    Raises: ValueError for a wrong shape, dtype, layout, device or isa; on CUDA ImportError without Triton, and RuntimeError
-        where a CUDA graph is being captured.
+    Raises: ValueError for a wrong type, shape, dtype, layout, device, rate or isa; on CUDA ImportError without Triton, and
+        RuntimeError where a CUDA graph is being captured.
     """
     check_isa("adamw_8bit_", isa)
     for u in updates:

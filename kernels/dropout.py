@@ -27,11 +27,11 @@ MAX_LAYERS, MAX_COLUMNS = 1 << 16, 1 << 19
 
 
 class Dropout(NamedTuple):
-    """Which elements are dropped; see the formula above."""
+    """Which elements of x (..., H) with T rows are dropped; see the formula above. Both tensors on x's device."""
 
-    p: float  # 0 <= p < 1
+    p: float  # 0 <= p <= 65535 / 65536; 0 drops nothing
     seed_step: torch.Tensor  # int64 (2,): seed and step, a tensor so that a step compiles nothing
-    layer: int  # one number per place in the model that drops
+    layer: int  # one number per place in the model that drops, 0 to 65535
     token_index: torch.Tensor  # int64 (T,), one per row of x: (row number in the data set) << 32 | position in the row
 
     @property

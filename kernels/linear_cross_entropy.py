@@ -347,8 +347,8 @@ def linear_cross_entropy(
         isa: instruction set of the CPU kernels: "auto", "avx512", "avx2" or "portable".
     Returns: (loss, stats): loss () in fp32 (fp64 for fp64), 0 where every label is ignored.
     Raises: ValueError for a wrong shape, dtype, device, option or isa, or on the CPU a label outside [0, V) (its position and
-        id); on CUDA the loss is NaN then. NotImplementedError for a gradient of the gradient. ImportError on CUDA without
-        Triton.
+        id); on CUDA the loss is NaN then (asserted under TRITON_DEBUG=1). NotImplementedError for a gradient of the gradient.
+        ImportError on CUDA without Triton.
     """
     op = "linear_cross_entropy"
     check_head(op, hidden, weight, labels, softcap, isa)
@@ -414,6 +414,7 @@ def token_logprobs(
     Args: as in `linear_cross_entropy`.
     Returns: (T,) in fp32 (fp64 for fp64), nats, 0 where ignored; with return_entropy (logprobs, entropy), both (T,) and
         both differentiable.
+    Raises: as `linear_cross_entropy`; on CUDA a label outside [0, V) gives NaN for its token alone.
     """
     stats = vocab_stats(
         hidden, weight, labels, adapter=adapter, dropout=dropout, ignore_index=ignore_index, softcap=softcap,

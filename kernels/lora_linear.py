@@ -64,7 +64,8 @@ NORM_ROWS = 1024  # rows of an NF4 weight that row_norm_sq dequantises at a time
 
 
 class Adapter(NamedTuple):
-    """What is trained beside W (N, K). a and b in x's dtype, or in the accumulate dtype (fp32 masters under bf16 x)."""
+    """What is trained beside W (N, K). a, b and magnitude in x's dtype or in the accumulate dtype (fp32 masters under bf16 x),
+    weight_norm_sq in the accumulate dtype; all on x's device."""
 
     a: torch.Tensor  # (r, K), or (adapters, r, K)
     b: torch.Tensor  # (N, r), or (adapters, N, r)
@@ -511,7 +512,8 @@ def lora_linear(
     Returns: (..., N) in x's dtype, contiguous; accumulated in fp32 (fp64 for fp64), rounded once. Gradients of a, b and
         magnitude come in their own dtype.
     Raises: ValueError for a wrong shape, dtype, device, range, numerics or isa, and for a weight that requires a gradient;
-        NotImplementedError for the gradient of the gradient.
+        NotImplementedError for the gradient of the gradient; on CUDA ImportError where Triton, or for an NF4 weight swiftk's
+        GPU build, is needed and missing.
     """
     return _apply("lora_linear", x, [weight], [adapter], [bias], [dropout], segment_ids, numerics, isa)[0]
 

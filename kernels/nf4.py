@@ -408,8 +408,10 @@ def nf4_quantize(
         nested: quantise the absmax too: 4.13 bits per weight where bf16 absmax takes 4.25 (blocksize 64), and inexact.
         absmax_dtype: torch.float32 or torch.bfloat16; None: bf16 for a bf16 weight, where it is exact, else fp32.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable"; all give the same bytes.
+    Returns: the NF4Tensor, on weight's device.
     Raises: ValueError for a wrong shape, dtype, blocksize or isa, and for NaN or infinity, naming row and block. On CUDA this
         waits for the device; where a CUDA graph is captured it cannot, and the absmax of such a block is NaN instead.
+        ImportError on CUDA where swiftk has no GPU build.
     """
     op = "nf4_quantize"
     check_floating(op, weight=weight)
@@ -440,7 +442,7 @@ def nf4_dequantize(w: NF4Tensor, dtype: torch.dtype = torch.bfloat16, *, isa: st
         dtype: torch.bfloat16, the values that every product uses (widen them for fp32 and fp64), or torch.float32, the
             products before that rounding.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable"; all give the same bytes.
-    Raises: ValueError for parts that do not belong together, dtype or isa.
+    Raises: ValueError for parts that do not belong together, dtype or isa; ImportError on CUDA where swiftk has no GPU build.
     """
     check_nf4("nf4_dequantize", w)
     if dtype not in (torch.bfloat16, torch.float32):

@@ -218,13 +218,13 @@ def rms_norm(
     Args:
         x: (..., H), bf16, fp32 or fp64, any strides; zero rows are allowed.
         weight: (H,), dtype and device of x.
-        eps: added to the mean square.
+        eps: added to the mean square, finite and >= 0.
         backend: "swiftk", or "transformer_engine" for NVIDIA's kernel (CUDA; no promise of ours holds for it; its call is
             tested against a stand-in, it has not run on a GPU).
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
     Returns: (..., H) in x's dtype, contiguous.
-    Raises: ValueError for a wrong shape, dtype, device, backend or isa; ImportError without the backend, on CUDA without
-        Triton.
+    Raises: ValueError for a wrong shape, dtype, device, eps, backend or isa; ImportError without the backend, on CUDA without
+        Triton; NotImplementedError for a gradient of the gradient.
     """
     check_floating("rms_norm", x=x, weight=weight)
     if x.dim() == 0 or x.shape[-1] == 0:

@@ -300,7 +300,7 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable"; all, and CUDA, give the same bits.
     Returns: (total, heads, head_dim) in x's dtype, contiguous.
     Raises: ValueError for a wrong shape, dtype, device or isa, a table that requires grad, or (on the CPU) a position
-        outside of the table, which on CUDA gives NaN; there ImportError without Triton.
+        outside of the table, which on CUDA gives NaN (asserted under TRITON_DEBUG=1); there ImportError without Triton.
     """
     check_floating("rope", x=x)
     check_floating("rope", cos=cos, sin=sin)

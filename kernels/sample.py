@@ -258,6 +258,7 @@ def row_logprobs(logits: torch.Tensor, ids: torch.Tensor, top: int = 0, *, isa: 
     Args:
         logits: (rows, vocab), fp32 or fp64, any strides. ids: (rows,) int64 in [0, vocab). top: 0 to vocab.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
+    Returns: logprob, lse, rank (rows,), top_ids, top_logprobs (rows, top), see RowLogprobs.
     Raises: ValueError for a wrong shape, dtype, device, range (on CUDA not of ids) or isa; on CUDA ImportError without Triton.
     """
     _check_logits("row_logprobs", logits, isa)
@@ -282,8 +283,9 @@ def adjust_logits_(
         ids: int64 in [0, vocab), each once in a row. counts: int32, occurrences in the output. in_prompt: bool.
         bias: fp32, added last; -inf bans the token.
         repetition: (rows,) fp32 > 0, 1: off. presence, frequency: (rows,) fp32, 0: off.
-    Raises: ValueError for a wrong shape, dtype, device or range (on CUDA values are not looked at: an id out of range is passed
-        over); on CUDA ImportError without Triton.
+    Raises: ValueError for a wrong shape, dtype, device or range; on CUDA ImportError without Triton. There no value is looked
+        at: an id out of range is asserted under TRITON_DEBUG=1 and passed over else; offsets that do not rise from 0 to n and
+        an id twice in a row are the caller's to exclude.
     """
     _check_logits("adjust_logits_", logits, "auto")
     if logits.stride(1) != 1 and logits.shape[1] > 1:

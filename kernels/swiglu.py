@@ -176,7 +176,8 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, isa: str = "auto") -> torch.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
     Returns: (..., I) in gate's dtype, contiguous. Where gate < -87.3 (-708 in fp64) silu(gate) is exactly 0; gate = -inf
         gives NaN, as g * sigmoid(g) does.
-    Raises: ValueError for a wrong shape, dtype, device or isa; on CUDA ImportError without Triton.
+    Raises: ValueError for a wrong shape, dtype, device or isa; on CUDA ImportError without Triton; NotImplementedError for a
+        gradient of the gradient.
     """
     check_floating("swiglu", gate=gate, up=up)
     if gate.dim() == 0:

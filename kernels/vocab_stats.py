@@ -395,7 +395,8 @@ def vocab_stats(
         isa: instruction set of the CPU kernels: "auto", "avx512", "avx2" or "portable".
         caller: the function that the errors name.
     Raises: ValueError for a wrong shape, dtype, device, numerics, isa, or on the CPU a label outside the vocabulary (its
-        position and id); on CUDA its logprob is NaN. ImportError on CUDA without Triton.
+        position and id); on CUDA its logprob is NaN. ImportError on CUDA without Triton. NotImplementedError for a gradient of
+        the gradient.
     """
     check_head(caller, hidden, weight, labels, softcap, isa)
     check_numerics(caller, numerics)

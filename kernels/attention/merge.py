@@ -213,7 +213,8 @@ def merge_attention(
         lse_a, lse_b: (heads, total_q), fp32 (fp64 for fp64), natural log, without sinks; -inf where no key was seen.
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
     Returns: out like out_a, lse like lse_a, contiguous.
-    Raises: ValueError for a wrong shape, dtype, device or isa; on CUDA ImportError without Triton.
+    Raises: ValueError for a wrong shape, dtype, device or isa; on CUDA ImportError without Triton; NotImplementedError for a
+        gradient of the gradient.
     """
     op = "merge_attention"
     check_floating(op, out_a=out_a, out_b=out_b)

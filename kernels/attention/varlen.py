@@ -316,7 +316,8 @@ def varlen_attention(
         isa: instruction set of the CPU kernel: "auto", "avx512", "avx2" or "portable".
     Returns: out like q, contiguous; with return_lse (out, lse). A query that sees no key has out 0 and lse -inf.
     Raises: ValueError for a wrong shape, dtype, device, option or cu_seqlens (whose values are checked on the CPU; on CUDA bad
-        offsets are cut to the tensors); ImportError without the backend, on CUDA without Triton.
+        offsets are asserted under TRITON_DEBUG=1, cut to the tensors else), and for fp64 on CUDA; ImportError without the
+        backend, on CUDA without Triton; NotImplementedError for a gradient of the gradient.
     """
     op = "varlen_attention"
     if backend not in BACKENDS:
@@ -361,8 +362,9 @@ def segment_attention(
         out, lse: None in the first call, else both: (total_q, heads, head_dim), (heads, total_q), accumulate dtype, contiguous.
         return_lse: False to return out alone.
     Returns: out, accumulate dtype (0 where no key has been seen), and lse (-inf there), without the sink.
-    Raises: ValueError for a wrong shape, dtype, device, option or segment (its numbers are checked on the CPU alone), or where
-        autograd would record.
+    Raises: ValueError for a wrong shape, dtype, device, option or segment (its numbers are checked on the CPU; on CUDA asserted
+        under TRITON_DEBUG=1, cut to the tensors else), for fp64 on CUDA, or where autograd would record; on CUDA ImportError
+        without Triton.
     """
     op = "segment_attention"
     _check(op, q, k, v, window_size, softcap, sinks, isa)
@@ -399,7 +401,7 @@ def segment_attention_backward(
         sinks: in every call, if they are in out. dsinks: (heads,), accumulate dtype, added to: pass it in one call per query,
             because each call has the sink's whole gradient for the queries that its segments cover.
         The rest: as in that call of `segment_attention`.
-    Raises: ValueError as `segment_attention` does.
+    Raises: as `segment_attention` does; autograd never records this call.
     """
     op = "segment_attention_backward"
     _check(op, q, k, v, window_size, softcap, sinks, isa)
