@@ -115,7 +115,8 @@ def test_the_python_is_the_one_of_make_train_or_the_machines(tmp_path):
     bare.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -S "$@"\n')
     bare.chmod(0o755)
     make = ["make", "-s", "gpu", f"PYTHON={bare}"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAKEFLAGS")}
+    outer = ("PYTHONPATH", "MAKEFLAGS", "MFLAGS", "MAKELEVEL")  # of the make that runs this test
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
     done = subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, env=environment)
     said = [line for line in done.stderr.splitlines() if not line.startswith("make:")]  # make's own "Error 1"
     assert done.returncode == 2 and len(said) == 1 and "Traceback" not in done.stdout
@@ -124,7 +125,7 @@ def test_the_python_is_the_one_of_make_train_or_the_machines(tmp_path):
     for stamp in (".torch", ".train"):  # once it is whole
         python = bare if stamp == ".torch" else ".venv/bin/python"
         (tmp_path / ".venv" / stamp).touch()
-        planned = subprocess.run([*make, "-n"], cwd=tmp_path, capture_output=True, text=True).stdout
+        planned = subprocess.run([*make, "-n"], cwd=tmp_path, capture_output=True, text=True, env=environment).stdout
         assert f"\n{python} -m swiftk.bench gpu --parts" in planned
     for name in ("torch", "pytest"):  # with both it goes on
         (tmp_path / f"{name}.py").touch()
